@@ -1,0 +1,82 @@
+//! What can go wrong in a command: the libraries' errors, and what only the commands know.
+
+use std::path::{Path, PathBuf};
+
+/// An error of a command.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum CliError {
+    #[error(transparent)]
+    Format(#[from] qbin_format::FormatError),
+    #[error(transparent)]
+    Runtime(#[from] qbin_runtime::RuntimeError),
+    #[error(transparent)]
+    Calibration(#[from] qbin_calib_data::Error),
+    #[error(transparent)]
+    Quant(#[from] qbin_quant::QuantError),
+    #[error(transparent)]
+    Prune(#[from] qbin_prune::PruneError),
+    #[error("cannot read `{}`", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("cannot write `{}`", path.display())]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("cannot write to stdout")]
+    Stdout(#[source] std::io::Error),
+    #[error("recipe `{}`", path.display())]
+    Recipe { path: PathBuf, source: Box<CliError> },
+    #[error("the recipe is not valid")]
+    RecipeSyntax(#[source] toml::de::Error),
+    #[error("pass method `{method}` is not known, expected `magnitude`, `rtn`, `gptq` or `awq`")]
+    RecipeMethod { method: String },
+    #[error("pass `{method}` cannot stand there: at most one `magnitude` pass, then exactly one of `rtn`, `gptq`, `awq`")]
+    RecipeOrder { method: String },
+    #[error("the recipe puts nothing on a grid: it needs one pass with method `rtn`, `gptq` or `awq`")]
+    RecipeWithoutGrid,
+    #[error("`gptq` after pruning would make the zeros non-zero again: take `rtn` or `awq`")]
+    PruneThenGptq,
+    #[error("`{option}` belongs to method `gptq`, not to `{method}`")]
+    OptionOfOtherMethod { option: &'static str, method: &'static str },
+    #[error("`{}` is an artifact already, expected a checkpoint", path.display())]
+    AlreadyQuantized { path: PathBuf },
+    #[error("`{}` is no artifact, expected a .qbin file", path.display())]
+    NoArtifact { path: PathBuf },
+    #[error("`tokenizer.json` is missing beside the weights of `{}`", path.display())]
+    NoTokenizer { path: PathBuf },
+    #[error("the tokenizer has {tokenizer} entries, but the embedding has {vocab}: they do not belong together")]
+    TokenizerTooLarge { tokenizer: usize, vocab: usize },
+    #[error("`--calib {source_name}` stands alone, not beside other sources")]
+    CalibSources { source_name: String },
+    #[error("calibration windows of {tokens} tokens are longer than the model's context of {max_positions}")]
+    WindowTooLong { tokens: usize, max_positions: usize },
+    #[error("`{}` is no UTF-8 text: byte {at} cannot be read", path.display())]
+    NotText { path: PathBuf, at: usize },
+    #[error("the prompt is empty and the model has no beginning-of-sequence token to start from")]
+    EmptyPrompt,
+}
+
+impl CliError {
+    pub(crate) fn in_recipe(self, path: &Path) -> Self {
+        Self::Recipe { path: path.into(), source: Box::new(self) }
+    }
+
+    /// The way out, where there is one beyond what the message says.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::Format(error) => error.hint(),
+            Self::Runtime(qbin_runtime::RuntimeError::Pass(error)) => {
+                let quant = error.downcast_ref::<qbin_quant::QuantError>().and_then(qbin_quant::QuantError::hint);
+                let format = || error.downcast_ref::<qbin_format::FormatError>().and_then(qbin_format::FormatError::hint);
+                let runtime = || error.downcast_ref::<qbin_runtime::RuntimeError>().and_then(qbin_runtime::RuntimeError::hint);
+                quant.or_else(format).or_else(runtime)
+            }
+            Self::Runtime(error) => error.hint(),
+            Self::Calibration(error) => error.hint(),
+            Self::Quant(error) => error.hint(),
+            Self::Recipe { source, .. } => source.hint(),
+            Self::NoTokenizer { .. } => Some("put the model's `tokenizer.json` into the same folder, or give token ids with `--calib FILE.npy`".into()),
+            Self::WindowTooLong { .. } => Some("give `--calib-tokens` a smaller number".into()),
+            Self::AlreadyQuantized { .. } => Some("start from the original checkpoint".into()),
+            _ => None,
+        }
+    }
+}

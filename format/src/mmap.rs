@@ -1,0 +1,67 @@
+//! Read-only file mappings: the only file of this crate with `unsafe`.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use memmap2::{Mmap, UncheckedAdvice};
+
+/// A file mapped into memory for reading.
+///
+/// The file must not be changed or cut by another process while it is mapped: cutting it ends this
+/// process with a bus error, and changing it changes the weights. `qbin` itself never writes into a
+/// file that has its final name.
+#[derive(Debug)]
+pub(crate) struct Mapping(Mmap);
+
+impl Mapping {
+    /// Maps the whole of `file`.
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        // SAFETY: the mapping is read-only, and its bytes are only read as plain integers, for which
+        // every value is valid. That nobody changes the file meanwhile cannot be proved from here;
+        // it is the stated condition of this type, as for every reader by memory map.
+        unsafe { Mmap::map(file) }.map(Self)
+    }
+
+    /// The file's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Lets the kernel take back the pages of this byte range; the next read brings them in again.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.0.len());
+        if range.is_empty() {
+            return;
+        }
+        // SAFETY: `DontNeed` may discard changes of private or anonymous pages; this mapping is a
+        // shared one of a file and nobody writes through it, so a later read sees the same bytes.
+        // The range lies inside the mapping (asserted above).
+        let advised = unsafe {
+            self.0
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+        };
+        // Advice only: where the kernel does not take it, the pages merely stay.
+        advised.ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn released_pages_keep_their_contents() {
+        let mut file = tempfile::tempfile().expect("temp file");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        file.write_all(&bytes).expect("write");
+        let mapping = Mapping::new(&file).expect("map");
+        assert_eq!(mapping.bytes(), bytes);
+        mapping.release(5_000..90_001);
+        mapping.release(7..7);
+        assert_eq!(mapping.bytes(), bytes);
+    }
+}

@@ -1,0 +1,27 @@
+//! What can be wrong with what is asked of this crate.
+
+/// An input this crate refuses.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PruneError {
+    /// A sparsity that is neither a share nor `N:M`.
+    #[error("sparsity is `{got}`, expected a share of zeros from 0 up to, but not including, 1, such as `0.5`, or `N:M` with 0 < N < M, such as `2:4`")]
+    Sparsity {
+        /// What was given.
+        got: String,
+    },
+    /// A pattern that is no glob.
+    #[error("target `{pattern}` is not a glob pattern")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        source: globset::Error,
+    },
+    /// A pattern that fits no linear.
+    #[error("target `{pattern}` matches no linear of the model")]
+    PatternMatchesNothing {
+        /// The pattern.
+        pattern: String,
+    },
+}

@@ -1,0 +1,78 @@
+//! The pruning pass of a walk.
+
+use crate::{PruneError, Sparsity, magnitude};
+use globset::{Glob, GlobMatcher};
+use qbin_format::TensorReport;
+use qbin_runtime::spec::{LinearKind, weight_name};
+use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
+use qbin_runtime::{Block, ModelConfig};
+use serde::{Deserialize, Serialize};
+
+/// A pruning method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PruneMethod {
+    /// The smallest weights.
+    Magnitude,
+}
+
+/// One pruning pass of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PruneRecipe {
+    /// The method.
+    pub method: PruneMethod,
+    /// How many zeros.
+    pub sparsity: Sparsity,
+    /// Globs over tensor names; all linears of the blocks where nothing is said.
+    #[serde(default = "all")]
+    pub targets: Vec<String>,
+}
+
+fn all() -> Vec<String> {
+    vec!["*".into()]
+}
+
+/// A pruning pass over the blocks of one model.
+pub struct PrunePass<'a> {
+    recipe: &'a PruneRecipe,
+    targets: Vec<GlobMatcher>,
+}
+
+impl<'a> PrunePass<'a> {
+    /// # Errors
+    /// A target that is no glob or matches no linear of the model.
+    pub fn new(recipe: &'a PruneRecipe, config: &ModelConfig) -> Result<Self, PruneError> {
+        let names: Vec<String> =
+            (0..config.num_blocks).flat_map(|block| LinearKind::ALL.map(|kind| weight_name(block, kind))).collect();
+        let compile = |pattern: &String| {
+            let glob = Glob::new(pattern).map_err(|source| PruneError::Pattern { pattern: pattern.clone(), source })?;
+            let matcher = glob.compile_matcher();
+            match names.iter().any(|name| matcher.is_match(name)) {
+                true => Ok(matcher),
+                false => Err(PruneError::PatternMatchesNothing { pattern: pattern.clone() }),
+            }
+        };
+        Ok(Self { recipe, targets: recipe.targets.iter().map(compile).collect::<Result<_, _>>()? })
+    }
+
+    /// Whether a linear is pruned.
+    pub fn touches(&self, block: usize, kind: LinearKind) -> bool {
+        let name = weight_name(block, kind);
+        self.targets.iter().any(|target| target.is_match(&name))
+    }
+}
+
+impl BlockPass for PrunePass<'_> {
+    fn rewrite(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
+        for &kind in site.linears().iter().filter(|&&kind| self.touches(site.block, kind)) {
+            let linear = block.linear_mut(kind);
+            let (cols, name) = (linear.cols, linear.name.clone());
+            let weight = linear.own()?;
+            let zeros = magnitude(weight, cols, self.recipe.sparsity);
+            let report = TensorReport { notes: vec![format!("{zeros} weights pruned to zero")], ..TensorReport::default() };
+            out.insert(name, (NewTensor::Dense(weight.clone()), report));
+        }
+        Ok(())
+    }
+}

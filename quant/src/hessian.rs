@@ -1,0 +1,232 @@
+//! Second moments of a linear's inputs: the Hessian of its squared output error.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use crate::error::QuantError;
+
+/// Tokens summed in f32 before the sum goes to f64: long enough for the product to be fast, short
+/// enough that rounding stays far below the damping.
+const SLAB: usize = 1024;
+/// Rows measured by one task.
+const PANEL_ROWS: usize = 64;
+
+/// Sums over the calibration tokens `x` that one linear saw.
+///
+/// One `n × n` f64 buffer, `n` the number of input features. Feed real tokens only: padding counts as
+/// evidence too.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    n: usize,
+    tokens: u64,
+    /// `Σ x·xᵀ`, row major; valid for column ≤ row.
+    second: Vec<f64>,
+    abs_sum: Vec<f64>,
+}
+
+impl Moments {
+    /// Moments of no tokens yet.
+    pub fn new(n: usize) -> Self {
+        Self { n, tokens: 0, second: vec![0.0; n * n], abs_sum: vec![0.0; n] }
+    }
+
+    /// Input features.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Tokens seen.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Mean of `|x|` per input feature; zeros before the first token.
+    pub fn abs_mean(&self) -> Vec<f64> {
+        self.abs_sum.iter().map(|sum| sum / self.count()).collect()
+    }
+
+    /// Mean of `x²` per input feature; zeros before the first token.
+    pub fn square_mean(&self) -> Vec<f64> {
+        (0..self.n).map(|i| self.second[i * self.n + i] / self.count()).collect()
+    }
+
+    /// Adds the tokens `x` (`[tokens, n]`, row major).
+    ///
+    /// # Errors
+    /// [`QuantError::NonFiniteInput`]; the moments are then unchanged.
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of tokens.
+    pub fn add(&mut self, x: &[f32]) -> Result<(), QuantError> {
+        let n = self.n;
+        assert!(x.len().is_multiple_of(n), "x is not [tokens, n]");
+        if let Some(at) = x.par_iter().position_first(|v| !v.is_finite()) {
+            let token = self.tokens + (at / n) as u64;
+            return Err(QuantError::NonFiniteInput { token, col: at % n, value: x[at] });
+        }
+        for slab in x.chunks(SLAB * n) {
+            self.add_slab(slab);
+        }
+        self.tokens += (x.len() / n) as u64;
+        Ok(())
+    }
+
+    /// Each task owns some rows of the triangle and the same columns' absolute sums.
+    fn add_slab(&mut self, x: &[f32]) {
+        let n = self.n;
+        let tokens = x.len() / n;
+        let height = panel(n);
+        let x = MatRef::from_row_major_slice(x, tokens, n);
+        let rows = self.second.par_chunks_mut(height * n);
+        rows.zip(self.abs_sum.par_chunks_mut(height)).enumerate().for_each(|(at, (second, abs))| {
+            let first = at * height;
+            let end = first + abs.len();
+            let mut product = vec![0f32; abs.len() * end];
+            matmul(
+                MatMut::from_row_major_slice_mut(&mut product, abs.len(), end),
+                Accum::Replace,
+                x.subcols(first, abs.len()).transpose(),
+                x.subcols(0, end),
+                1.0,
+                Par::Seq,
+            );
+            for (sums, products) in second.chunks_mut(n).zip(product.chunks(end)) {
+                for (sum, &product) in sums.iter_mut().zip(products) {
+                    *sum += f64::from(product);
+                }
+            }
+            for token in 0..tokens {
+                for (i, sum) in abs.iter_mut().enumerate() {
+                    *sum += f64::from(x[(token, first + i)].abs());
+                }
+            }
+        });
+    }
+
+    /// The moments of the inputs `x / s`, exactly: `Σ → D⁻¹ Σ D⁻¹` with `D = diag(s)`.
+    ///
+    /// # Panics
+    /// If `s` is not `[n]` or a factor is not a positive number.
+    pub fn scaled(&mut self, s: &[f32]) {
+        assert_eq!(s.len(), self.n, "s is not [n]");
+        assert!(s.iter().all(|&s| s > 0.0 && s.is_finite()), "factors are positive");
+        self.second.par_chunks_mut(self.n).enumerate().for_each(|(row, values)| {
+            for (value, &other) in values[..=row].iter_mut().zip(s) {
+                *value /= f64::from(s[row]) * f64::from(other);
+            }
+        });
+        for (sum, &s) in self.abs_sum.iter_mut().zip(s) {
+            *sum /= f64::from(s);
+        }
+    }
+
+    /// The mean of `2·x·xᵀ` over tokens, in the same buffer; zeros where no token was seen.
+    pub fn finish(mut self) -> Hessian {
+        let factor = 2.0 / self.count();
+        self.second.par_iter_mut().for_each(|value| *value *= factor);
+        mirror(&mut self.second, self.n);
+        Hessian { n: self.n, values: self.second }
+    }
+
+    /// The mean of `x·xᵀ` in f32, for repeated products.
+    pub fn metric(&self) -> Metric {
+        let n = self.n;
+        let mut values = vec![0f32; n * n];
+        values.par_chunks_mut(n).enumerate().for_each(|(row, out)| {
+            for (col, out) in out.iter_mut().enumerate() {
+                let at = row.max(col) * n + row.min(col);
+                *out = (self.second[at] / self.count()) as f32;
+            }
+        });
+        Metric { n, values }
+    }
+
+    /// Divisor of the means.
+    fn count(&self) -> f64 {
+        self.tokens.max(1) as f64
+    }
+}
+
+/// Rows of the triangle per task: few enough tasks that each product is large, enough for every core.
+fn panel(n: usize) -> usize {
+    n.div_ceil(16).next_multiple_of(32).min(256)
+}
+
+/// Copies the lower triangle (column ≤ row) onto the upper, in tiles that stay in cache.
+fn mirror(values: &mut [f64], n: usize) {
+    const TILE: usize = 32;
+    for top in (0..n).step_by(TILE) {
+        for left in (0..=top).step_by(TILE) {
+            for row in top..n.min(top + TILE) {
+                for col in left..row.min(left + TILE) {
+                    values[col * n + row] = values[row * n + col];
+                }
+            }
+        }
+    }
+}
+
+/// The mean of `2·x·xᵀ`, `[n, n]`, symmetric, undamped.
+#[derive(Clone, Debug)]
+pub struct Hessian {
+    pub(crate) n: usize,
+    pub(crate) values: Vec<f64>,
+}
+
+impl Hessian {
+    /// Rows and columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// The values, `[n, n]`.
+    pub fn values(&self) -> &[f64] {
+        &self.values
+    }
+}
+
+/// The mean of `x·xᵀ` in f32, `[n, n]`: measures a change of weights as `δᵀ M δ`, which is the mean
+/// over all tokens of the squared change of one output.
+#[derive(Clone, Debug)]
+pub struct Metric {
+    n: usize,
+    values: Vec<f32>,
+}
+
+impl Metric {
+    /// Rows and columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// `Σ_rows δᵀ M δ` for the rows `delta` (`[rows, n]`).
+    pub(crate) fn measure(&self, delta: &[f32]) -> f64 {
+        self.measure_rows(delta, 0, self.n).iter().sum()
+    }
+
+    /// [`Self::measure`] with the rows in fixed panels, in parallel.
+    pub(crate) fn measure_panels(&self, delta: &[f32]) -> f64 {
+        let panels: Vec<f64> = delta.par_chunks(PANEL_ROWS * self.n).map(|rows| self.measure(rows)).collect();
+        panels.iter().sum()
+    }
+
+    /// `δᵀ M δ` of every row of `delta` (`[rows, len]`), with the square of `M` from `first` on.
+    pub(crate) fn measure_rows(&self, delta: &[f32], first: usize, len: usize) -> Vec<f64> {
+        let rows = delta.len() / len;
+        let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
+        let mut product = vec![0f32; delta.len()];
+        matmul(
+            MatMut::from_row_major_slice_mut(&mut product, rows, len),
+            Accum::Replace,
+            MatRef::from_row_major_slice(delta, rows, len),
+            m.submatrix(first, first, len, len),
+            1.0,
+            Par::Seq,
+        );
+        let dot = |(d, p): (&[f32], &[f32])| {
+            d.iter().zip(p).map(|(&d, &p)| f64::from(d) * f64::from(p)).sum()
+        };
+        delta.chunks(len).zip(product.chunks(len)).map(dot).collect()
+    }
+}

@@ -1,0 +1,30 @@
+//! Quantization of weight matrices: grids, second moments, round-to-nearest, GPTQ, AWQ.
+//!
+//! Arithmetic only: values in, values and a report out. Nothing here opens a file, prints, or reads
+//! global state, and no result depends on the number of threads: work is cut by shape.
+//!
+//! `W` is `[out_features, in_features]`, row major, everywhere.
+#![forbid(unsafe_code)]
+
+mod awq;
+mod error;
+mod factor;
+mod gptq;
+mod grid;
+mod hessian;
+mod linalg;
+mod pass;
+mod recipe;
+mod rtn;
+
+pub use awq::{
+    divide_rows, divide_vector, gqa_mean, gqa_producer_scales, quadratic_loss, rounded,
+    scale_candidates, scale_columns, search_clip,
+};
+pub use error::QuantError;
+pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, gptq};
+pub use grid::{Grid, GroupParams, Granularity, Rounder, ScaleSearch};
+pub use hessian::{Hessian, Metric, Moments};
+pub use pass::QuantPass;
+pub use recipe::{Fate, GridSpec, GroupSize, Method, Override, QuantRecipe};
+pub use rtn::rtn;

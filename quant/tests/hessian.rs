@@ -1,0 +1,94 @@
+//! Second moments against their definition.
+
+mod common;
+
+use common::{Random, activations, moments};
+use qbin_quant::{Moments, QuantError};
+
+/// `Σ x·xᵀ` and `Σ |x|` in f64, with the sum of magnitudes that bounds the rounding error.
+fn definition(x: &[f32], n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let (mut second, mut size, mut abs) = (vec![0.0; n * n], vec![0.0; n * n], vec![0.0; n]);
+    for x in x.chunks(n) {
+        for i in 0..n {
+            abs[i] += f64::from(x[i]).abs();
+            for j in 0..n {
+                let product = f64::from(x[i]) * f64::from(x[j]);
+                second[i * n + j] += product;
+                size[i * n + j] += product.abs();
+            }
+        }
+    }
+    (second, size, abs)
+}
+
+#[test]
+fn means_are_those_of_the_definition() {
+    // Across the borders of panels (32 rows) and slabs (1024 tokens).
+    for (n, tokens) in [(1, 1), (31, 3), (33, 1023), (40, 1025), (70, 2100)] {
+        let x = activations(&mut Random(n as u64), tokens, n);
+        let (second, size, abs) = definition(&x, n);
+        let mut parts = Moments::new(n);
+        for part in x.chunks(n * tokens.div_ceil(3)) {
+            parts.add(part).unwrap();
+        }
+        for got in [moments(&x, n), parts] {
+            assert_eq!((got.n(), got.tokens()), (n, tokens as u64));
+            for (mean, sum) in got.abs_mean().iter().zip(&abs) {
+                let expected = sum / tokens as f64;
+                assert!((mean - expected).abs() <= 1e-12 * expected);
+            }
+            let squares = got.square_mean();
+            let metric = got.metric();
+            assert_eq!(metric.n(), n);
+            let hessian = got.finish();
+            for i in 0..n * n {
+                let expected = 2.0 * second[i] / tokens as f64;
+                // A sum of at most 1024 f32 products, each rounded once when added.
+                let tolerance = 1024.0 * f64::from(f32::EPSILON) * 2.0 * size[i] / tokens as f64;
+                let value = hessian.values()[i];
+                assert!((value - expected).abs() <= tolerance, "{n} {i}: {value} {expected}");
+                assert_eq!(value, hessian.values()[i % n * n + i / n], "symmetric");
+            }
+            for (i, square) in squares.iter().enumerate() {
+                let expected = hessian.values()[i * n + i] / 2.0;
+                assert!((square - expected).abs() <= 1e-12 * expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn scaled_moments_are_those_of_scaled_inputs() {
+    let n = 37;
+    let mut random = Random(6);
+    let x = activations(&mut random, 90, n);
+    // Powers of two: both sides are exact.
+    let s: Vec<f32> = (0..n).map(|_| 2f32.powi((random.bits() % 9) as i32 - 4)).collect();
+    let mut scaled = moments(&x, n);
+    scaled.scaled(&s);
+    let divided: Vec<f32> = x.iter().enumerate().map(|(i, x)| x / s[i % n]).collect();
+    let direct = moments(&divided, n);
+    assert_eq!(scaled.abs_mean(), direct.abs_mean());
+    assert_eq!(scaled.finish().values(), direct.finish().values());
+}
+
+#[test]
+fn inputs_that_are_not_finite_are_refused_and_change_nothing() {
+    let n = 8;
+    let mut got = moments(&activations(&mut Random(1), 5, n), n);
+    let before = got.clone();
+    let mut x = vec![1f32; 3 * n];
+    x[2 * n + 6] = f32::INFINITY;
+    let error = got.add(&x).unwrap_err();
+    assert_eq!(error, QuantError::NonFiniteInput { token: 7, col: 6, value: f32::INFINITY });
+    assert_eq!(got, before);
+}
+
+#[test]
+fn no_token_is_no_evidence() {
+    let mut got = Moments::new(3);
+    got.add(&[]).unwrap();
+    assert_eq!(got.tokens(), 0);
+    assert_eq!(got.abs_mean(), [0.0; 3]);
+    assert_eq!(got.finish().values(), [0.0; 9]);
+}

@@ -1,0 +1,47 @@
+//! The one place where a dense f32 matrix product is computed.
+//!
+//! It is sequential on purpose: callers split the work by shape and hand the pieces to rayon, so that a
+//! result never depends on the number of threads.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+
+/// `out[m, n] = x[m, k] · w[n, k]ᵀ`, all row major.
+///
+/// # Panics
+/// If a slice has another length than its shape asks for.
+pub fn matmul_nt(out: &mut [f32], x: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) {
+    // Not the constructors with a row stride: in faer 0.24.4 the mutable one takes its strides the wrong
+    // way round and writes out of bounds.
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let x = MatRef::from_row_major_slice(x, m, k);
+    let w = MatRef::from_row_major_slice(w, n, k);
+    matmul_view(out, x, w.transpose(), 1.0);
+}
+
+/// `out[m, n] = alpha · x[m, k] · w[k, n]`, on views.
+pub(crate) fn matmul_view(out: MatMut<'_, f32>, x: MatRef<'_, f32>, w: MatRef<'_, f32>, alpha: f32) {
+    matmul(out, Accum::Replace, x, w, alpha, Par::Seq);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for (m, k, n) in [(1, 1, 1), (1, 7, 3), (5, 64, 17), (33, 100, 65)] {
+            let x: Vec<f32> = (0..m * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+            let w: Vec<f32> = (0..n * k).map(|i| ((i * 53 % 103) as f32 - 51.0) / 51.0).collect();
+            let mut out = vec![f32::NAN; m * n];
+            matmul_nt(&mut out, &x, &w, (m, k, n));
+            for row in 0..m {
+                for col in 0..n {
+                    let exact: f64 = (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i])).sum();
+                    let got = f64::from(out[row * n + col]);
+                    assert!((got - exact).abs() <= k as f64 * f64::from(f32::EPSILON), "{got} {exact}");
+                }
+            }
+        }
+    }
+}

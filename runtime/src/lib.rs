@@ -1,0 +1,33 @@
+//! The model as data, its decoder, the walk over its blocks, and evaluation: token ids in, logits out.
+//!
+//! Where to look: [`config`] what a `config.json` says, [`spec`] which tensors that implies,
+//! [`Linear`] and [`Block`] the arithmetic of one decoder block, [`Decoder`] the whole model,
+//! [`generate`] sampling from it, [`walk`] the pass over blocks in which weights are rewritten,
+//! [`eval`] perplexity and the comparison with another model.
+//!
+//! Everything here is the *reference path*: weights dequantized to f32, f32 arithmetic.
+#![forbid(unsafe_code)]
+
+mod attention;
+mod block;
+pub mod config;
+mod decoder;
+mod error;
+pub mod eval;
+mod gemm;
+pub mod generate;
+mod kv_cache;
+mod linear;
+mod rope;
+mod sampler;
+pub mod spec;
+pub mod walk;
+
+pub use block::{Block, Side, Sublayer};
+pub use config::ModelConfig;
+pub use decoder::{Decoder, Parts};
+pub use error::RuntimeError;
+pub use gemm::matmul_nt;
+pub use kv_cache::KvCache;
+pub use linear::{Linear, Matrix};
+pub use sampler::{Sampler, Sampling};
