@@ -310,13 +310,16 @@ mod tests {
     #[test]
     fn tools_and_documents_are_none() {
         let asked = "{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}";
-        check(asked, &[], true, "true true true");
+        check(asked, &[], true, "True True True");
     }
 
     #[test]
     fn the_date_can_be_set() {
         let tokenizer = with_template("{{ strftime_now('%Y-%m-%d') }}").with_now(0);
         assert_eq!(tokenizer.render_chat(&[], false).unwrap(), "1970-01-01");
+        // Also once a chat has been rendered.
+        let tokenizer = tokenizer.with_now(86_400);
+        assert_eq!(tokenizer.render_chat(&[], false).unwrap(), "1970-01-02");
         let unknown = with_template("{{ strftime_now('%Q') }}");
         says(unknown.render_chat(&[], false), &["does not know `%Q`"]);
     }

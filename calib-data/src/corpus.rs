@@ -108,6 +108,7 @@ fn interleave(texts: Vec<Vec<Vec<u32>>>) -> Vec<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::{CORPUS, documents, interleave, load};
+    use crate::error::Error;
     use crate::testing::{EOS, says, tiny};
     use crate::window::WindowSpec;
 
@@ -198,9 +199,13 @@ mod tests {
             windows.distinct_tokens()
         );
         assert!(seen.is_sorted() && seen.last().is_some_and(|(done, total)| done == total));
-        says(
-            load(&tokenizer, &spec(100_000, 7), &mut |_, _| ()),
-            &["built-in corpus", "100000"],
-        );
+        let too_many = load(&tokenizer, &spec(100_000, 7), &mut |_, _| ());
+        let Err(Error::TooShort { available, .. }) = too_many else {
+            panic!("{too_many:?}")
+        };
+        says(too_many, &["built-in corpus", "100000"]);
+        // With every window taken, the seed still orders the documents.
+        let all = |seed| load(&tokenizer, &spec(available, seed), &mut |_, _| ()).unwrap();
+        assert_ne!(all(7).ids(), all(8).ids());
     }
 }

@@ -70,7 +70,7 @@ mod tests {
                 "period {}",
                 period.len()
             );
-            let fewer = looping(&start, &period, 3.min(31 / period.len().min(31)));
+            let fewer = looping(&start, &period, times - 1);
             assert!(
                 !is_loop(&fewer),
                 "period {} too short to judge",

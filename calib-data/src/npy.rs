@@ -356,6 +356,14 @@ mod tests {
             &npy(1, &plain, &data(-1..11)),
             &["-1 in row 0 is no token id"],
         );
+        for id in [1_i64 << 32, -1, i64::MIN] {
+            let wide = [3, id].map(i64::to_le_bytes).concat();
+            let bytes = npy(1, &header("<i8", "(2, 1)"), &wide);
+            says(
+                read(&bytes, 2, 1),
+                &[&format!("{id} in row 1 is no token id")],
+            );
+        }
         let mut cut = npy(1, &plain, &[]);
         cut.truncate(40);
         check(&cut, &["only 30 bytes follow"]);

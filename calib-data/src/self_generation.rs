@@ -442,6 +442,17 @@ mod tests {
     }
 
     #[test]
+    fn what_follows_an_end_token_is_cut_off() {
+        let babbling = |request: &Request, max_tokens: usize| {
+            let mut ids = words(request.seed, 30, max_tokens);
+            ids.resize(max_tokens, 299);
+            ids
+        };
+        let windows = run(&mut Mock::new(babbling), &tiny(), &spec(3, 200)).unwrap();
+        assert!(!windows.ids().contains(&299));
+    }
+
+    #[test]
     fn a_window_of_one_token_more_than_a_sequence_takes_a_bare_prompt() {
         let windows = run(&mut Mock::words(30), &tiny(), &spec(2, 33)).unwrap();
         assert!(windows.iter().all(|window| window[31..] == [EOS, BOS]));

@@ -377,6 +377,19 @@ mod tests {
     }
 
     #[test]
+    fn no_window_is_no_request() {
+        let none = load(
+            Source::Builtin,
+            Some(&tiny()),
+            &spec(0, 4),
+            "text",
+            VOCAB,
+            &mut |_, _| (),
+        );
+        says(none, &["0 windows of 4 tokens"]);
+    }
+
+    #[test]
     fn ids_must_lie_in_the_models_vocabulary() {
         let tokenizer = tiny();
         let builtin = load(

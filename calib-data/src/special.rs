@@ -161,12 +161,13 @@ fn added_tokens(config: &Map<String, Value>) -> Result<Vec<(u32, tokenizers::Add
         let (id, content) = parsed
             .ok_or_else(|| unexpected(TOKENIZER_CONFIG, key, token, "an id with a `content`"))?;
         let rule = |name: &str| token[name].as_bool().unwrap_or(false);
-        let special = rule("special");
-        let added_token = tokenizers::AddedToken::from(content, special)
+        let mut added_token = tokenizers::AddedToken::from(content, rule("special"))
             .single_word(rule("single_word"))
             .lstrip(rule("lstrip"))
-            .rstrip(rule("rstrip"))
-            .normalized(token["normalized"].as_bool().unwrap_or(!special));
+            .rstrip(rule("rstrip"));
+        if let Some(normalized) = token["normalized"].as_bool() {
+            added_token = added_token.normalized(normalized);
+        }
         added.push((id, added_token));
     }
     added.sort_by_key(|(id, _)| *id);

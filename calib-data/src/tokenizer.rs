@@ -407,6 +407,16 @@ mod tests {
     }
 
     #[test]
+    fn the_config_wins_over_the_special_tokens_map() {
+        let config = br#"{"eos_token": "<|end|>", "chat_template": "{{ eos_token }}"}"#;
+        let map = br#"{"eos_token": "<|eos|>", "bos_token": {"content": "<|bos|>"}}"#;
+        let json = chat_tokenizer_json();
+        let tokenizer = Tokenizer::from_files(&json, Some(config), Some(map), None, None).unwrap();
+        assert_eq!((tokenizer.eos(), tokenizer.bos()), (&[4097][..], Some(BOS)));
+        assert_eq!(tokenizer.render_chat(&[], false).unwrap(), "<|end|>");
+    }
+
+    #[test]
     fn bos_is_added_by_flag_or_by_post_processor() {
         let mut json: Value = serde_json::from_slice(TOKENIZER_JSON).unwrap();
         json["post_processor"] = json!({
@@ -445,6 +455,19 @@ mod tests {
             |id: &str| json!({"added_tokens_decoder": {id: {"content": "<x>", "special": true}}});
         let tokenizer = load(TOKENIZER_JSON, &added("4096"), None).unwrap();
         assert_eq!(tokenizer.vocab_size(), 4097);
+        let two = json!({"added_tokens_decoder": {
+            "4097": {"content": "<y>"}, "4096": {"content": "<x>", "special": true},
+        }});
+        let tokenizer = load(TOKENIZER_JSON, &two, None).unwrap();
+        assert_eq!(
+            tokenizer.encode("<y>").unwrap(),
+            [4097],
+            "an ordinary added token"
+        );
+        assert!(
+            tokenizer.encode("<x>").unwrap().len() > 1,
+            "a special one, written out"
+        );
         says(
             load(TOKENIZER_JSON, &added("5000"), None),
             &["decoder.5000", "`<x>`", "id 4096"],

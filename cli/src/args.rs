@@ -6,7 +6,12 @@ use std::path::PathBuf;
 
 /// Compress a language model, know what it cost, run it anywhere.
 #[derive(Debug, Parser)]
-#[command(name = "qbin", version, arg_required_else_help = true, propagate_version = true)]
+#[command(
+    name = "qbin",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true
+)]
 pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -57,7 +62,8 @@ pub(crate) enum Command {
 }
 
 /// A model to read.
-const INPUT_HELP: &str = "A .safetensors file, a model.safetensors.index.json, or a folder with either";
+const INPUT_HELP: &str =
+    "A .safetensors file, a model.safetensors.index.json, or a folder with either";
 
 /// `qbin quantize`.
 #[derive(Debug, Args)]
@@ -151,7 +157,10 @@ pub(crate) struct CalibrationArgs {
 }
 
 fn positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is not a whole number above 0"))
+    text.parse()
+        .ok()
+        .filter(|&n| n > 0)
+        .ok_or_else(|| format!("`{text}` is not a whole number above 0"))
 }
 
 /// `qbin eval`.
@@ -250,7 +259,9 @@ pub(crate) enum ShapeArg {
 }
 
 /// The output head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize, Default)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize, Default,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum HeadArg {
     /// As stored.

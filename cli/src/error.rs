@@ -17,36 +17,56 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Prune(#[from] qbin_prune::PruneError),
     #[error("cannot read `{}`", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot write `{}`", path.display())]
-    Write { path: PathBuf, source: std::io::Error },
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot write to stdout")]
     Stdout(#[source] std::io::Error),
     #[error("recipe `{}`", path.display())]
-    Recipe { path: PathBuf, source: Box<CliError> },
+    Recipe {
+        path: PathBuf,
+        source: Box<CliError>,
+    },
     #[error("the recipe is not valid")]
     RecipeSyntax(#[source] toml::de::Error),
     #[error("pass method `{method}` is not known, expected `magnitude`, `rtn`, `gptq` or `awq`")]
     RecipeMethod { method: String },
-    #[error("pass `{method}` cannot stand there: at most one `magnitude` pass, then exactly one of `rtn`, `gptq`, `awq`")]
+    #[error(
+        "pass `{method}` cannot stand there: at most one `magnitude` pass, then exactly one of `rtn`, `gptq`, `awq`"
+    )]
     RecipeOrder { method: String },
-    #[error("the recipe puts nothing on a grid: it needs one pass with method `rtn`, `gptq` or `awq`")]
+    #[error(
+        "the recipe puts nothing on a grid: it needs one pass with method `rtn`, `gptq` or `awq`"
+    )]
     RecipeWithoutGrid,
     #[error("`gptq` after pruning would make the zeros non-zero again: take `rtn` or `awq`")]
     PruneThenGptq,
     #[error("`{option}` belongs to method `gptq`, not to `{method}`")]
-    OptionOfOtherMethod { option: &'static str, method: &'static str },
+    OptionOfOtherMethod {
+        option: &'static str,
+        method: &'static str,
+    },
     #[error("`{}` is an artifact already, expected a checkpoint", path.display())]
     AlreadyQuantized { path: PathBuf },
     #[error("`{}` is no artifact, expected a .qbin file", path.display())]
     NoArtifact { path: PathBuf },
     #[error("`tokenizer.json` is missing beside the weights of `{}`", path.display())]
     NoTokenizer { path: PathBuf },
-    #[error("the tokenizer has {tokenizer} entries, but the embedding has {vocab}: they do not belong together")]
+    #[error(
+        "the tokenizer has {tokenizer} entries, but the embedding has {vocab}: they do not belong together"
+    )]
     TokenizerTooLarge { tokenizer: usize, vocab: usize },
     #[error("`--calib {source_name}` stands alone, not beside other sources")]
     CalibSources { source_name: String },
-    #[error("calibration windows of {tokens} tokens are longer than the model's context of {max_positions}")]
+    #[error(
+        "calibration windows of {tokens} tokens are longer than the model's context of {max_positions}"
+    )]
     WindowTooLong { tokens: usize, max_positions: usize },
     #[error("`{}` is no UTF-8 text: byte {at} cannot be read", path.display())]
     NotText { path: PathBuf, at: usize },
@@ -56,7 +76,10 @@ pub(crate) enum CliError {
 
 impl CliError {
     pub(crate) fn in_recipe(self, path: &Path) -> Self {
-        Self::Recipe { path: path.into(), source: Box::new(self) }
+        Self::Recipe {
+            path: path.into(),
+            source: Box::new(self),
+        }
     }
 
     /// The way out, where there is one beyond what the message says.

@@ -28,10 +28,21 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    let filter = if cli.quiet { tracing::Level::ERROR } else { tracing::Level::WARN };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(filter).without_time().with_target(false).init();
+    let filter = if cli.quiet {
+        tracing::Level::ERROR
+    } else {
+        tracing::Level::WARN
+    };
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(filter)
+        .without_time()
+        .with_target(false)
+        .init();
     if let Some(threads) = cli.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global();
         pool.expect("the pool is built once, before its first use");
     }
     match run(cli) {
@@ -44,14 +55,21 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, CliError> {
-    let show = commands::Show { json: cli.json, quiet: cli.quiet };
+    let show = commands::Show {
+        json: cli.json,
+        quiet: cli.quiet,
+    };
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(&args, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),
-        Command::Eval(EvalCommand::Perplexity { model, text }) => commands::eval::perplexity(&model, &text, show),
-        Command::Eval(EvalCommand::Compare { base, model, text }) => commands::eval::compare(&base, &model, &text, show),
+        Command::Eval(EvalCommand::Perplexity { model, text }) => {
+            commands::eval::perplexity(&model, &text, show)
+        }
+        Command::Eval(EvalCommand::Compare { base, model, text }) => {
+            commands::eval::compare(&base, &model, &text, show)
+        }
         Command::Run(args) => commands::run::run(&args, show),
         Command::Completions { shell } => commands::shell::completions(shell),
         Command::Man { dir } => commands::shell::man(&dir),

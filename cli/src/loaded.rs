@@ -8,13 +8,20 @@ use std::path::Path;
 
 /// The config inside a model.
 pub(crate) fn config(model: &Model) -> Result<ModelConfig, CliError> {
-    let text = model.file("config.json").ok_or(RuntimeError::MissingFile("config.json"))?;
+    let text = model
+        .file("config.json")
+        .ok_or(RuntimeError::MissingFile("config.json"))?;
     Ok(ModelConfig::from_json(text)?)
 }
 
 /// The tokenizer inside a model, if there is one; its ids fit the embedding.
-pub(crate) fn tokenizer(model: &Model, config: &ModelConfig) -> Result<Option<Tokenizer>, CliError> {
-    let Some(json) = model.file("tokenizer.json") else { return Ok(None) };
+pub(crate) fn tokenizer(
+    model: &Model,
+    config: &ModelConfig,
+) -> Result<Option<Tokenizer>, CliError> {
+    let Some(json) = model.file("tokenizer.json") else {
+        return Ok(None);
+    };
     let tokenizer = Tokenizer::from_files(
         json,
         model.file("tokenizer_config.json"),
@@ -23,18 +30,31 @@ pub(crate) fn tokenizer(model: &Model, config: &ModelConfig) -> Result<Option<To
         model.file("generation_config.json"),
     )?;
     if tokenizer.vocab_size() > config.vocab_size {
-        return Err(CliError::TokenizerTooLarge { tokenizer: tokenizer.vocab_size(), vocab: config.vocab_size });
+        return Err(CliError::TokenizerTooLarge {
+            tokenizer: tokenizer.vocab_size(),
+            vocab: config.vocab_size,
+        });
     }
     Ok(Some(tokenizer))
 }
 
 /// [`tokenizer`], where the command cannot do without.
-pub(crate) fn need_tokenizer(model: &Model, config: &ModelConfig, path: &Path) -> Result<Tokenizer, CliError> {
+pub(crate) fn need_tokenizer(
+    model: &Model,
+    config: &ModelConfig,
+    path: &Path,
+) -> Result<Tokenizer, CliError> {
     tokenizer(model, config)?.ok_or_else(|| CliError::NoTokenizer { path: path.into() })
 }
 
 /// A text file as it stands.
 pub(crate) fn text(path: &Path) -> Result<String, CliError> {
-    let bytes = std::fs::read(path).map_err(|source| CliError::Read { path: path.into(), source })?;
-    String::from_utf8(bytes).map_err(|error| CliError::NotText { path: path.into(), at: error.utf8_error().valid_up_to() })
+    let bytes = std::fs::read(path).map_err(|source| CliError::Read {
+        path: path.into(),
+        source,
+    })?;
+    String::from_utf8(bytes).map_err(|error| CliError::NotText {
+        path: path.into(),
+        at: error.utf8_error().valid_up_to(),
+    })
 }

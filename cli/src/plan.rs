@@ -3,9 +3,12 @@
 use crate::args::HeadArg;
 use crate::error::CliError;
 use crate::recipe::Recipe;
-use qbin_format::{Dtype, Fate, Layout, Manifest, Model, Planned, SIDE_FILES, TensorEntry, TensorReport, Weight, artifact_layout};
+use qbin_format::{
+    Dtype, Fate, Layout, Manifest, Model, Planned, SIDE_FILES, TensorEntry, TensorReport, Weight,
+    artifact_layout,
+};
 use qbin_prune::PrunePass;
-use qbin_quant::{Grid, Granularity, QuantPass, ScaleSearch};
+use qbin_quant::{Granularity, Grid, QuantPass, ScaleSearch};
 use qbin_runtime::ModelConfig;
 use qbin_runtime::spec::{self, EMBEDDING, HEAD, Role, TensorSpec};
 
@@ -44,16 +47,34 @@ pub(crate) fn head_grid(head: HeadArg, config: &ModelConfig) -> Option<Grid> {
         HeadArg::Int8 => 8,
         HeadArg::Int4 => 4,
     };
-    let granularity = if config.hidden_size >= 128 { Granularity::Group(128) } else { Granularity::Channel };
-    Some(Grid { bits, symmetric: bits == 8, granularity, search: ScaleSearch::None })
+    let granularity = if config.hidden_size >= 128 {
+        Granularity::Group(128)
+    } else {
+        Granularity::Channel
+    };
+    Some(Grid {
+        bits,
+        symmetric: bits == 8,
+        granularity,
+        search: ScaleSearch::None,
+    })
 }
 
 impl Plan {
     /// # Errors
     /// A tensor that does not fit the config, or a recipe that does not fit the tensors.
-    pub(crate) fn new(model: &Model, config: &ModelConfig, recipe: &Recipe, seed: u64) -> Result<Self, CliError> {
+    pub(crate) fn new(
+        model: &Model,
+        config: &ModelConfig,
+        recipe: &Recipe,
+        seed: u64,
+    ) -> Result<Self, CliError> {
         let pass = QuantPass::new(&recipe.quantize, config)?;
-        let prune = recipe.prune.as_ref().map(|prune| PrunePass::new(prune, config)).transpose()?;
+        let prune = recipe
+            .prune
+            .as_ref()
+            .map(|prune| PrunePass::new(prune, config))
+            .transpose()?;
         let head = head_grid(recipe.head, config);
         let mut entries = Vec::new();
         for spec in spec::account(config, model)? {
@@ -63,13 +84,25 @@ impl Plan {
             let (dtype, source_bytes) = (view.dtype, view.bytes.len() as u64);
             let (fate, planned) = match spec.role {
                 Role::Linear { block, kind } => match pass.fate(block, kind) {
-                    qbin_quant::Fate::Quantize(grid) => quantized(&spec, grid, recipe.quantize.method.name()),
-                    qbin_quant::Fate::Keep(reason) if prune.as_ref().is_some_and(|prune| prune.touches(block, kind)) => {
-                        dense(&spec, Dtype::F32, &format!("pruned, not quantized: {reason}"))
+                    qbin_quant::Fate::Quantize(grid) => {
+                        quantized(&spec, grid, recipe.quantize.method.name())
+                    }
+                    qbin_quant::Fate::Keep(reason)
+                        if prune
+                            .as_ref()
+                            .is_some_and(|prune| prune.touches(block, kind)) =>
+                    {
+                        dense(
+                            &spec,
+                            Dtype::F32,
+                            &format!("pruned, not quantized: {reason}"),
+                        )
                     }
                     qbin_quant::Fate::Keep(reason) => dense(&spec, dtype, reason),
                 },
-                Role::Norm { block: Some(block) } | Role::Bias { block, .. } if pass.folded(block).contains(&spec.name) => {
+                Role::Norm { block: Some(block) } | Role::Bias { block, .. }
+                    if pass.folded(block).contains(&spec.name) =>
+                {
                     dense(&spec, Dtype::F32, "takes up the channel scales of awq")
                 }
                 Role::Norm { .. } => dense(&spec, dtype, "norms are not quantized"),
@@ -79,24 +112,54 @@ impl Plan {
                     Some(grid) => quantized(&spec, grid, "rtn"),
                     None => dense(&spec, dtype, "the head is kept as stored (`--head`)"),
                 },
-                Role::Unused { reason } => (Fate::Dropped { reason: reason.into() }, None),
+                Role::Unused { reason } => (
+                    Fate::Dropped {
+                        reason: reason.into(),
+                    },
+                    None,
+                ),
             };
-            entries.push(PlanEntry { spec, fate, planned, source_bytes, bytes: 0 });
+            entries.push(PlanEntry {
+                spec,
+                fate,
+                planned,
+                source_bytes,
+                bytes: 0,
+            });
         }
         if config.tie_word_embeddings {
             tie_head(&mut entries, config, head.as_ref());
         }
-        let files: Vec<&str> = SIDE_FILES.into_iter().filter(|name| model.file(name).is_some()).collect();
-        let sizes = files.iter().map(|&name| (name, model.file(name).map_or(0, <[u8]>::len)));
+        let files: Vec<&str> = SIDE_FILES
+            .into_iter()
+            .filter(|name| model.file(name).is_some())
+            .collect();
+        let sizes = files
+            .iter()
+            .map(|&name| (name, model.file(name).map_or(0, <[u8]>::len)));
         let stored = entries.iter().filter_map(|entry| entry.planned.clone());
-        let planned: Vec<Planned> = stored.chain(sizes.map(|(name, bytes)| Planned::File { name: name.into(), bytes })).collect();
+        let planned: Vec<Planned> = stored
+            .chain(sizes.map(|(name, bytes)| Planned::File {
+                name: name.into(),
+                bytes,
+            }))
+            .collect();
         let manifest = draft(model, recipe, seed, &entries);
         let layout = artifact_layout(&planned, manifest.planned_bytes())?;
         let mut laid_out = layout.entries.iter();
         for entry in entries.iter_mut().filter(|entry| entry.planned.is_some()) {
-            entry.bytes = laid_out.next().expect("one for each planned tensor, in order").bytes;
+            entry.bytes = laid_out
+                .next()
+                .expect("one for each planned tensor, in order")
+                .bytes;
         }
-        Ok(Self { entries, files, planned, layout, manifest })
+        Ok(Self {
+            entries,
+            files,
+            planned,
+            layout,
+            manifest,
+        })
     }
 }
 
@@ -105,7 +168,15 @@ fn draft(model: &Model, recipe: &Recipe, seed: u64, entries: &[PlanEntry]) -> Ma
     let config = model.file("config.json").expect("the config was read");
     let entry = |entry: &PlanEntry| {
         let (fate, shape) = (entry.fate.clone(), entry.spec.shape.clone());
-        (entry.spec.name.clone(), TensorEntry { fate, shape, sha256: String::new(), report: TensorReport::default() })
+        (
+            entry.spec.name.clone(),
+            TensorEntry {
+                fate,
+                shape,
+                sha256: String::new(),
+                report: TensorReport::default(),
+            },
+        )
     };
     Manifest {
         tool_version: env!("CARGO_PKG_VERSION").into(),
@@ -119,23 +190,57 @@ fn draft(model: &Model, recipe: &Recipe, seed: u64, entries: &[PlanEntry]) -> Ma
 
 /// A tied head is the embedding by another name, or a quantized copy of it.
 fn tie_head(entries: &mut Vec<PlanEntry>, config: &ModelConfig, head: Option<&Grid>) {
-    let spec = TensorSpec { name: HEAD.into(), shape: vec![config.vocab_size, config.hidden_size], role: Role::Head };
+    let spec = TensorSpec {
+        name: HEAD.into(),
+        shape: vec![config.vocab_size, config.hidden_size],
+        role: Role::Head,
+    };
     let (fate, planned) = match head {
         Some(grid) => quantized(&spec, grid, "rtn"),
-        None => (Fate::Alias { of: EMBEDDING.into(), reason: "the head is tied to the embedding".into() }, None),
+        None => (
+            Fate::Alias {
+                of: EMBEDDING.into(),
+                reason: "the head is tied to the embedding".into(),
+            },
+            None,
+        ),
     };
     // A head stored although tied is replaced, not listed twice.
-    let stored = entries.iter().position(|entry| entry.spec.name == HEAD).map(|at| entries.remove(at));
+    let stored = entries
+        .iter()
+        .position(|entry| entry.spec.name == HEAD)
+        .map(|at| entries.remove(at));
     let source_bytes = stored.map_or(0, |entry| entry.source_bytes);
-    entries.push(PlanEntry { spec, fate, planned, source_bytes, bytes: 0 });
+    entries.push(PlanEntry {
+        spec,
+        fate,
+        planned,
+        source_bytes,
+        bytes: 0,
+    });
 }
 
 fn quantized(spec: &TensorSpec, grid: &Grid, method: &str) -> (Fate, Option<Planned>) {
-    let planned = Planned::Quantized { name: spec.name.clone(), scheme: grid.scheme(), rows: spec.shape[0], cols: spec.shape[1] };
+    let planned = Planned::Quantized {
+        name: spec.name.clone(),
+        scheme: grid.scheme(),
+        rows: spec.shape[0],
+        cols: spec.shape[1],
+    };
     (Fate::quantized(grid.scheme(), method), Some(planned))
 }
 
 fn dense(spec: &TensorSpec, dtype: Dtype, reason: &str) -> (Fate, Option<Planned>) {
-    let planned = Planned::Dense { name: spec.name.clone(), dtype, shape: spec.shape.clone() };
-    (Fate::Kept { dtype, reason: reason.into() }, Some(planned))
+    let planned = Planned::Dense {
+        name: spec.name.clone(),
+        dtype,
+        shape: spec.shape.clone(),
+    };
+    (
+        Fate::Kept {
+            dtype,
+            reason: reason.into(),
+        },
+        Some(planned),
+    )
 }

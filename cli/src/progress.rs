@@ -20,13 +20,29 @@ impl Progress {
     /// Starts a bar called `what`; `quiet` shows nothing at all.
     pub(crate) fn new(what: &str, quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target = if quiet || !terminal {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
         let bar = ProgressBar::with_draw_target(Some(0), target);
-        let style = ProgressStyle::with_template("{prefix:<12} [{bar:32}] {percent:>3}%  {elapsed} elapsed, {eta} left  {wide_msg}");
-        bar.set_style(style.expect("the template is a constant").progress_chars("=> "));
+        let style = ProgressStyle::with_template(
+            "{prefix:<12} [{bar:32}] {percent:>3}%  {elapsed} elapsed, {eta} left  {wide_msg}",
+        );
+        bar.set_style(
+            style
+                .expect("the template is a constant")
+                .progress_chars("=> "),
+        );
         bar.set_prefix(what.to_string());
         let now = Instant::now();
-        Self { bar, what: what.into(), lines: !quiet && !terminal, start: now, last_line: now }
+        Self {
+            bar,
+            what: what.into(),
+            lines: !quiet && !terminal,
+            start: now,
+            last_line: now,
+        }
     }
 
     /// Shows `done` of `total`, and what is at hand.
@@ -36,9 +52,16 @@ impl Progress {
         self.bar.set_message(message.to_string());
         if self.lines && self.last_line.elapsed() >= LINE_EVERY && done > 0 {
             self.last_line = Instant::now();
-            let left = self.start.elapsed().mul_f64(total.saturating_sub(done) as f64 / done as f64);
+            let left = self
+                .start
+                .elapsed()
+                .mul_f64(total.saturating_sub(done) as f64 / done as f64);
             let percent = done * 100 / total.max(1);
-            eprintln!("{}: {percent}%, about {} s left  {message}", self.what, left.as_secs());
+            eprintln!(
+                "{}: {percent}%, about {} s left  {message}",
+                self.what,
+                left.as_secs()
+            );
         }
     }
 
@@ -51,6 +74,13 @@ impl Progress {
 /// Largest resident set of this process so far, in bytes, where the system tells it.
 pub(crate) fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
 }

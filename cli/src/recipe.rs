@@ -32,7 +32,10 @@ impl Recipe {
     /// A file that cannot be read or is no recipe, or passes that do not go together.
     pub(crate) fn from_args(args: &RecipeArgs) -> Result<Self, CliError> {
         if let Some(path) = &args.recipe {
-            let text = std::fs::read_to_string(path).map_err(|source| CliError::Read { path: path.clone(), source })?;
+            let text = std::fs::read_to_string(path).map_err(|source| CliError::Read {
+                path: path.clone(),
+                source,
+            })?;
             return Self::from_toml(&text).map_err(|error| error.in_recipe(path));
         }
         let method = args.method.map_or(Method::Gptq, Method::from);
@@ -49,12 +52,22 @@ impl Recipe {
         }
         quantize.overrides = args.keep.iter().map(Override::keep).collect();
         if method != Method::Gptq {
-            let given = [("--act-order", args.act_order.is_some()), ("--damp", args.damp.is_some())];
+            let given = [
+                ("--act-order", args.act_order.is_some()),
+                ("--damp", args.damp.is_some()),
+            ];
             if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
-                return Err(CliError::OptionOfOtherMethod { option, method: method.name() });
+                return Err(CliError::OptionOfOtherMethod {
+                    option,
+                    method: method.name(),
+                });
             }
         }
-        Ok(Self { head: args.head.unwrap_or_default(), prune: None, quantize })
+        Ok(Self {
+            head: args.head.unwrap_or_default(),
+            prune: None,
+            quantize,
+        })
     }
 
     fn from_toml(text: &str) -> Result<Self, CliError> {
@@ -62,11 +75,21 @@ impl Recipe {
         let mut prune = None;
         let mut quantize: Option<QuantRecipe> = None;
         for pass in file.pass {
-            let method = pass.get("method").and_then(toml::Value::as_str).unwrap_or("(none)").to_string();
+            let method = pass
+                .get("method")
+                .and_then(toml::Value::as_str)
+                .unwrap_or("(none)")
+                .to_string();
             match method.as_str() {
-                "rtn" | "gptq" | "awq" if quantize.is_none() => quantize = Some(pass.try_into().map_err(CliError::RecipeSyntax)?),
-                "magnitude" if prune.is_none() && quantize.is_none() => prune = Some(pass.try_into().map_err(CliError::RecipeSyntax)?),
-                "rtn" | "gptq" | "awq" | "magnitude" => return Err(CliError::RecipeOrder { method }),
+                "rtn" | "gptq" | "awq" if quantize.is_none() => {
+                    quantize = Some(pass.try_into().map_err(CliError::RecipeSyntax)?)
+                }
+                "magnitude" if prune.is_none() && quantize.is_none() => {
+                    prune = Some(pass.try_into().map_err(CliError::RecipeSyntax)?)
+                }
+                "rtn" | "gptq" | "awq" | "magnitude" => {
+                    return Err(CliError::RecipeOrder { method });
+                }
                 _ => return Err(CliError::RecipeMethod { method }),
             }
         }
@@ -74,7 +97,11 @@ impl Recipe {
         if prune.is_some() && quantize.method == Method::Gptq {
             return Err(CliError::PruneThenGptq);
         }
-        Ok(Self { head: file.head, prune, quantize })
+        Ok(Self {
+            head: file.head,
+            prune,
+            quantize,
+        })
     }
 }
 
@@ -98,21 +125,38 @@ mod tests {
         "#;
         let recipe = Recipe::from_toml(text).expect("a valid recipe");
         assert_eq!(recipe.head, HeadArg::Int8);
-        assert_eq!(recipe.prune.expect("a pruning pass").sparsity.to_string(), "2:4");
-        assert_eq!((recipe.quantize.method, recipe.quantize.overrides[0].bits), (Method::Awq, Some(8)));
+        assert_eq!(
+            recipe.prune.expect("a pruning pass").sparsity.to_string(),
+            "2:4"
+        );
+        assert_eq!(
+            (recipe.quantize.method, recipe.quantize.overrides[0].bits),
+            (Method::Awq, Some(8))
+        );
     }
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
         let message = |text: &str| {
             let error = Recipe::from_toml(text).expect_err("must be refused");
-            format!("{error} {}", std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default())
+            format!(
+                "{error} {}",
+                std::error::Error::source(&error)
+                    .map(ToString::to_string)
+                    .unwrap_or_default()
+            )
         };
         assert!(message("[[pass]]\nmethod = \"gptq\"\nbitz = 4").contains("bitz"));
         assert!(message("[[pass]]\nmethod = \"squeeze\"").contains("squeeze"));
-        assert!(message("[[pass]]\nmethod = \"rtn\"\n[[pass]]\nmethod = \"magnitude\"\nsparsity = 0.5").contains("magnitude"));
+        assert!(
+            message("[[pass]]\nmethod = \"rtn\"\n[[pass]]\nmethod = \"magnitude\"\nsparsity = 0.5")
+                .contains("magnitude")
+        );
         assert!(message("[[pass]]\nmethod = \"magnitude\"\nsparsity = 0.5").contains("grid"));
-        assert!(message("[[pass]]\nmethod = \"magnitude\"\nsparsity = 1.5\n[[pass]]\nmethod=\"rtn\"").contains("1.5"));
+        assert!(
+            message("[[pass]]\nmethod = \"magnitude\"\nsparsity = 1.5\n[[pass]]\nmethod=\"rtn\"")
+                .contains("1.5")
+        );
         assert!(message("[[pass]]\nmethod = \"rtn\"\ngroup_size = 48").contains("48"));
     }
 }

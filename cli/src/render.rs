@@ -6,10 +6,11 @@ use std::io::{IsTerminal as _, Write as _};
 
 /// Prints an error, its causes and its hint on stderr.
 pub(crate) fn error(error: &(dyn Error + 'static), hint: Option<String>) {
-    let (label, hint_label) = match std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
-        true => ("\x1b[1;31merror\x1b[0m", "\x1b[1;36mhint\x1b[0m"),
-        false => ("error", "hint"),
-    };
+    let (label, hint_label) =
+        match std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+            true => ("\x1b[1;31merror\x1b[0m", "\x1b[1;36mhint\x1b[0m"),
+            false => ("error", "hint"),
+        };
     let mut text = format!("{label}: {error}\n");
     let mut shown = error.to_string();
     let mut source = error.source();
@@ -56,7 +57,11 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             let pad = " ".repeat(width - cell.chars().count());
             let gap = if column == 0 { "" } else { "  " };
-            let _ = if column == 0 { write!(line, "{gap}{cell}{pad}") } else { write!(line, "{gap}{pad}{cell}") };
+            let _ = if column == 0 {
+                write!(line, "{gap}{cell}{pad}")
+            } else {
+                write!(line, "{gap}{pad}{cell}")
+            };
         }
         let _ = writeln!(text, "{}", line.trim_end());
     }
@@ -72,7 +77,11 @@ pub(crate) fn bytes(count: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{count} B") } else { format!("{value:.2} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{count} B")
+    } else {
+        format!("{value:.2} {}", UNITS[unit])
+    }
 }
 
 /// `value ± error`, both with `digits` decimals.
@@ -89,12 +98,18 @@ mod tests {
 
     #[test]
     fn tables_align_by_characters() {
-        let rows = vec![vec!["äb".into(), "1".into()], vec!["c".into(), "100".into()]];
+        let rows = vec![
+            vec!["äb".into(), "1".into()],
+            vec!["c".into(), "100".into()],
+        ];
         assert_eq!(table(&["x", "n"], &rows), "x     n\näb    1\nc   100\n");
     }
 
     #[test]
     fn sizes_have_binary_units() {
-        assert_eq!((bytes(1023), bytes(1536), bytes(3 << 30)), ("1023 B".into(), "1.50 KiB".into(), "3.00 GiB".into()));
+        assert_eq!(
+            (bytes(1023), bytes(1536), bytes(3 << 30)),
+            ("1023 B".into(), "1.50 KiB".into(), "3.00 GiB".into())
+        );
     }
 }

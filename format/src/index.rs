@@ -36,9 +36,8 @@ pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<BTreeMap<String, String>
 }
 
 fn is_plain_file_name(name: &str) -> bool {
-    let mut components = Path::new(name).components();
-    let plain = matches!(components.next(), Some(Component::Normal(first)) if first == name);
-    plain && components.next().is_none() && !name.contains(['/', '\\', '\0'])
+    let first = Path::new(name).components().next();
+    matches!(first, Some(Component::Normal(_))) && !name.contains(['/', '\\', '\0'])
 }
 
 #[cfg(test)]

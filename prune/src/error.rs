@@ -5,7 +5,9 @@
 #[non_exhaustive]
 pub enum PruneError {
     /// A sparsity that is neither a share nor `N:M`.
-    #[error("sparsity is `{got}`, expected a share of zeros from 0 up to, but not including, 1, such as `0.5`, or `N:M` with 0 < N < M, such as `2:4`")]
+    #[error(
+        "sparsity is `{got}`, expected a share of zeros from 0 up to, but not including, 1, such as `0.5`, or `N:M` with 0 < N < M, such as `2:4`"
+    )]
     Sparsity {
         /// What was given.
         got: String,

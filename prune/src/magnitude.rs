@@ -12,7 +12,10 @@ use crate::Sparsity;
 /// # Panics
 /// If `weight` is not a whole number of rows.
 pub fn magnitude(weight: &mut [f32], cols: usize, sparsity: Sparsity) -> usize {
-    assert!(weight.len().is_multiple_of(cols), "weight is not [rows, cols]");
+    assert!(
+        weight.len().is_multiple_of(cols),
+        "weight is not [rows, cols]"
+    );
     match sparsity {
         Sparsity::Share(share) => {
             let zeros = (share * weight.len() as f64) as usize;
@@ -20,7 +23,8 @@ pub fn magnitude(weight: &mut [f32], cols: usize, sparsity: Sparsity) -> usize {
         }
         Sparsity::Pattern { zeros, of } => {
             let runs = weight.chunks_mut(cols).flat_map(|row| row.chunks_mut(of));
-            runs.map(|run| zero_smallest(run, zeros * run.len() / of)).sum()
+            runs.map(|run| zero_smallest(run, zeros * run.len() / of))
+                .sum()
         }
     }
 }

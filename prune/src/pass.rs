@@ -43,17 +43,30 @@ impl<'a> PrunePass<'a> {
     /// # Errors
     /// A target that is no glob or matches no linear of the model.
     pub fn new(recipe: &'a PruneRecipe, config: &ModelConfig) -> Result<Self, PruneError> {
-        let names: Vec<String> =
-            (0..config.num_blocks).flat_map(|block| LinearKind::ALL.map(|kind| weight_name(block, kind))).collect();
+        let names: Vec<String> = (0..config.num_blocks)
+            .flat_map(|block| LinearKind::ALL.map(|kind| weight_name(block, kind)))
+            .collect();
         let compile = |pattern: &String| {
-            let glob = Glob::new(pattern).map_err(|source| PruneError::Pattern { pattern: pattern.clone(), source })?;
+            let glob = Glob::new(pattern).map_err(|source| PruneError::Pattern {
+                pattern: pattern.clone(),
+                source,
+            })?;
             let matcher = glob.compile_matcher();
             match names.iter().any(|name| matcher.is_match(name)) {
                 true => Ok(matcher),
-                false => Err(PruneError::PatternMatchesNothing { pattern: pattern.clone() }),
+                false => Err(PruneError::PatternMatchesNothing {
+                    pattern: pattern.clone(),
+                }),
             }
         };
-        Ok(Self { recipe, targets: recipe.targets.iter().map(compile).collect::<Result<_, _>>()? })
+        Ok(Self {
+            recipe,
+            targets: recipe
+                .targets
+                .iter()
+                .map(compile)
+                .collect::<Result<_, _>>()?,
+        })
     }
 
     /// Whether a linear is pruned.
@@ -64,13 +77,25 @@ impl<'a> PrunePass<'a> {
 }
 
 impl BlockPass for PrunePass<'_> {
-    fn rewrite(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
-        for &kind in site.linears().iter().filter(|&&kind| self.touches(site.block, kind)) {
+    fn rewrite(
+        &mut self,
+        block: &mut Block<'_>,
+        site: Site,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
+        for &kind in site
+            .linears()
+            .iter()
+            .filter(|&&kind| self.touches(site.block, kind))
+        {
             let linear = block.linear_mut(kind);
             let (cols, name) = (linear.cols, linear.name.clone());
             let weight = linear.own()?;
             let zeros = magnitude(weight, cols, self.recipe.sparsity);
-            let report = TensorReport { notes: vec![format!("{zeros} weights pruned to zero")], ..TensorReport::default() };
+            let report = TensorReport {
+                notes: vec![format!("{zeros} weights pruned to zero")],
+                ..TensorReport::default()
+            };
             out.insert(name, (NewTensor::Dense(weight.clone()), report));
         }
         Ok(())

@@ -28,8 +28,16 @@ pub fn scale_candidates(abs_mean: &[f64], n_grid: usize) -> Vec<Vec<f32>> {
     assert!(n_grid > 0, "at least the identity");
     let candidate = |i: usize| -> Vec<f32> {
         let power = i as f64 / n_grid as f64;
-        let raw: Vec<f64> = abs_mean.iter().map(|mean| mean.powf(power).max(SMALLEST)).collect();
-        let seen = || raw.iter().zip(abs_mean).filter(|&(_, &mean)| mean > 0.0).map(|(&s, _)| s);
+        let raw: Vec<f64> = abs_mean
+            .iter()
+            .map(|mean| mean.powf(power).max(SMALLEST))
+            .collect();
+        let seen = || {
+            raw.iter()
+                .zip(abs_mean)
+                .filter(|&(_, &mean)| mean > 0.0)
+                .map(|(&s, _)| s)
+        };
         let (low, high) = seen().fold((f64::INFINITY, 0f64), |(l, h), s| (l.min(s), h.max(s)));
         let middle = (low * high).sqrt();
         raw.iter()
@@ -148,7 +156,13 @@ pub fn search_clip(
         .par_chunks_mut(PANEL_ROWS * groups)
         .zip(weight.par_chunks(PANEL_ROWS * cols))
         .for_each(|(limits, weight)| {
-            let mut search = ClipSearch { grid, metric, weight, cols, limits };
+            let mut search = ClipSearch {
+                grid,
+                metric,
+                weight,
+                cols,
+                limits,
+            };
             (0..groups).for_each(|group| search.group(group, candidates, n_grid));
         });
     Ok(limits)
@@ -167,11 +181,16 @@ impl ClipSearch<'_> {
     fn group(&mut self, group: usize, candidates: usize, n_grid: usize) {
         let columns = self.grid.columns(group, self.cols);
         let (first, len) = (columns.start, columns.len());
-        let rows: Vec<&[f32]> =
-            self.weight.chunks(self.cols).map(|row| &row[columns.clone()]).collect();
+        let rows: Vec<&[f32]> = self
+            .weight
+            .chunks(self.cols)
+            .map(|row| &row[columns.clone()])
+            .collect();
         let groups = self.limits.len() / rows.len();
-        let largest: Vec<f32> =
-            rows.iter().map(|row| row.iter().fold(0f32, |m, w| m.max(w.abs()))).collect();
+        let largest: Vec<f32> = rows
+            .iter()
+            .map(|row| row.iter().fold(0f32, |m, w| m.max(w.abs())))
+            .collect();
         let mut best = vec![f64::INFINITY; rows.len()];
         let mut delta = vec![0f32; rows.len() * len];
         let mut clipped = vec![0f32; len];
@@ -187,11 +206,20 @@ impl ClipSearch<'_> {
                     *delta = rounder.value(rounder.steps(clipped)) - w;
                 }
             }
-            for (row, error) in self.metric.measure_rows(&delta, first, len).into_iter().enumerate() {
+            for (row, error) in self
+                .metric
+                .measure_rows(&delta, first, len)
+                .into_iter()
+                .enumerate()
+            {
                 if error < best[row] {
                     best[row] = error;
                     // "Nothing" rather than the largest magnitude, so that no rounding can clip it.
-                    let limit = if i == 0 { f32::INFINITY } else { largest[row] * part };
+                    let limit = if i == 0 {
+                        f32::INFINITY
+                    } else {
+                        largest[row] * part
+                    };
                     self.limits[row * groups + group] = limit;
                 }
             }
@@ -204,7 +232,10 @@ impl ClipSearch<'_> {
 /// # Panics
 /// If `weight` is not a whole number of rows.
 pub fn scale_columns(weight: &mut [f32], s: &[f32]) {
-    assert!(weight.len().is_multiple_of(s.len()), "weight is not [rows, cols]");
+    assert!(
+        weight.len().is_multiple_of(s.len()),
+        "weight is not [rows, cols]"
+    );
     for row in weight.chunks_mut(s.len()) {
         row.iter_mut().zip(s).for_each(|(w, &s)| *w *= s);
     }
@@ -216,7 +247,10 @@ pub fn scale_columns(weight: &mut [f32], s: &[f32]) {
 /// # Panics
 /// If `weight` has not one row for each factor.
 pub fn divide_rows(weight: &mut [f32], s: &[f32]) {
-    assert!(weight.len().is_multiple_of(s.len()), "weight is not [rows, cols]");
+    assert!(
+        weight.len().is_multiple_of(s.len()),
+        "weight is not [rows, cols]"
+    );
     let cols = weight.len() / s.len();
     for (row, &s) in weight.chunks_mut(cols).zip(s) {
         row.iter_mut().for_each(|w| *w /= s);
@@ -244,7 +278,10 @@ pub fn divide_vector(vector: &mut [f32], s: &[f32], offset: f32) {
 /// If `heads` is no multiple of `kv_heads`, or does not divide `abs_mean`.
 pub fn gqa_mean(abs_mean: &[f64], heads: usize, kv_heads: usize) -> Vec<f64> {
     assert!(heads.is_multiple_of(kv_heads), "heads share evenly");
-    assert!(abs_mean.len().is_multiple_of(heads), "abs_mean is not [heads · head_dim]");
+    assert!(
+        abs_mean.len().is_multiple_of(heads),
+        "abs_mean is not [heads · head_dim]"
+    );
     let (head_dim, sharing) = (abs_mean.len() / heads, heads / kv_heads);
     (0..abs_mean.len())
         .map(|at| {
@@ -266,7 +303,15 @@ pub fn gqa_producer_scales(s: &[f32], heads: usize, kv_heads: usize) -> Vec<f32>
     let (head_dim, sharing) = (s.len() / heads, heads / kv_heads);
     for (head, scales) in s.chunks(head_dim).enumerate() {
         let first = head / sharing * sharing;
-        assert_eq!(scales, &s[first * head_dim..][..head_dim], "scales differ among sharing heads");
+        assert_eq!(
+            scales,
+            &s[first * head_dim..][..head_dim],
+            "scales differ among sharing heads"
+        );
     }
-    s.chunks(head_dim).step_by(sharing).flatten().copied().collect()
+    s.chunks(head_dim)
+        .step_by(sharing)
+        .flatten()
+        .copied()
+        .collect()
 }

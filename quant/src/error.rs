@@ -71,8 +71,10 @@ pub enum QuantError {
         /// The offending weight.
         value: f32,
     },
-    /// NaN or infinity among the calibration inputs.
-    #[error("input `{col}` of calibration token `{token}` is `{value}`, expected a finite number")]
+    /// NaN, infinity, or something whose square is not safe among the calibration inputs.
+    #[error(
+        "input `{col}` of calibration token `{token}` is `{value}`, expected at most `1e16` in magnitude"
+    )]
     NonFiniteInput {
         /// Token, counted from the first one these moments saw.
         token: u64,
@@ -94,7 +96,10 @@ pub enum QuantError {
 impl QuantError {
     /// The same error with the name of the tensor in front.
     pub fn in_tensor(self, tensor: impl Into<String>) -> Self {
-        Self::InTensor { tensor: tensor.into(), error: Box::new(self) }
+        Self::InTensor {
+            tensor: tensor.into(),
+            error: Box::new(self),
+        }
     }
 
     /// What the user can do about it, where there is something.
@@ -111,9 +116,7 @@ impl QuantError {
                     .into(),
             ),
             Self::InTensor { error, .. } => error.hint(),
-            Self::PatternMatchesNothing { .. } => {
-                Some("`qbin plan` lists the names".into())
-            }
+            Self::PatternMatchesNothing { .. } => Some("`qbin plan` lists the names".into()),
             _ => None,
         }
     }

@@ -14,6 +14,7 @@ use crate::gptq::{ActOrder, GptqParams};
 use crate::grid::{Granularity, Grid};
 use crate::hessian::Moments;
 use crate::linalg::{NonPositivePivot, cholesky_in_place};
+use crate::refine::Curvature;
 
 /// The most that the ladder multiplies the damping by.
 const LADDER: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
@@ -22,7 +23,7 @@ const FIRST_RUNG: f64 = 0.01;
 
 /// A factored Hessian, usable for every matrix that reads the same inputs on the same grid.
 ///
-/// Holds a little more than half of `n²` in f32.
+/// Holds a little more than half of `n²` in f32, and `n²` more where matrices are refined.
 #[derive(Clone, Debug)]
 pub struct Factor {
     n: usize,
@@ -38,6 +39,9 @@ pub struct Factor {
     pub(crate) damp: f64,
     pub(crate) damp_fraction: f64,
     pub(crate) fallback: Option<String>,
+    /// For the refinement after the sweep, and how often it goes over a matrix.
+    pub(crate) curvature: Option<Curvature>,
+    pub(crate) refine_sweeps: usize,
 }
 
 /// A run of whole groups, swept together.
@@ -70,7 +74,13 @@ impl Factor {
         params.check(n)?;
         let mut h = moments.finish().values;
         let diagonal: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
-        let plan = Plan::new(&params.grid, params.act_order, params.update_block, &diagonal);
+        let mut curvature = (params.refine_sweeps > 0).then(|| Curvature::new(n, &h));
+        let plan = Plan::new(
+            &params.grid,
+            params.act_order,
+            params.update_block,
+            &diagonal,
+        );
 
         permute_reversed(&mut h, &plan.order);
         let mut diagonal: Vec<f64> = plan.order.iter().rev().map(|&col| diagonal[col]).collect();
@@ -78,9 +88,22 @@ impl Factor {
         let live = diagonal.iter().filter(|&&d| d > 0.0).count();
         let mean = diagonal.iter().sum::<f64>() / live.max(1) as f64;
         // No evidence: the column is cut loose and rounds to its nearest value.
-        diagonal.iter_mut().filter(|d| **d == 0.0).for_each(|d| *d = 1.0);
+        diagonal
+            .iter_mut()
+            .filter(|d| **d == 0.0)
+            .for_each(|d| *d = 1.0);
 
-        let (damp_fraction, fallback) = climb(&mut h, n, &diagonal, mean, &dead, params.damp_fraction);
+        let (damp_fraction, fallback) =
+            climb(&mut h, n, &diagonal, mean, &dead, params.damp_fraction);
+        if damp_fraction.is_none() {
+            // What is left of the matrix is its diagonal, and nothing can be refined against that.
+            curvature = None;
+        }
+        let damp_fraction = damp_fraction.unwrap_or(0.0);
+        let damp = damp_fraction * mean;
+        if let Some(curvature) = &mut curvature {
+            curvature.damp(damp);
+        }
         let root = (0..n).map(|place| at(&h, n, place, place) as f32).collect();
         Ok(Self {
             n,
@@ -89,9 +112,11 @@ impl Factor {
             order: plan.order,
             root,
             dead,
-            damp: damp_fraction * mean,
+            damp,
             damp_fraction,
             fallback,
+            curvature,
+            refine_sweeps: params.refine_sweeps,
         })
     }
 
@@ -134,14 +159,22 @@ impl Plan {
             .map(|group| (group, grid.columns(group, n).collect()))
             .collect();
         if act_order == ActOrder::Group {
-            groups.iter_mut().for_each(|(_, columns)| columns.sort_by(falling));
+            groups
+                .iter_mut()
+                .for_each(|(_, columns)| columns.sort_by(falling));
             groups.sort_by(|(_, a), (_, b)| falling(&a[0], &b[0]));
         }
-        let mut plan = Self { order: Vec::with_capacity(n), groups: vec![Vec::new()] };
+        let mut plan = Self {
+            order: Vec::with_capacity(n),
+            groups: vec![Vec::new()],
+        };
         for (group, columns) in groups {
             let start = plan.order.len();
             let block = plan.groups.last_mut().expect("never empty");
-            if block.first().is_some_and(|(_, first)| start - first.start >= update_block) {
+            if block
+                .first()
+                .is_some_and(|(_, first)| start - first.start >= update_block)
+            {
                 plan.groups.push(Vec::new());
             }
             let block = plan.groups.last_mut().expect("never empty");
@@ -187,7 +220,8 @@ fn permute_reversed(h: &mut [f64], order: &[usize]) {
     );
 }
 
-/// Factors with rising damping; leaves the factor in the lower triangle and tells the fraction used.
+/// Factors with rising damping; leaves the factor in the lower triangle and tells the fraction used, none if
+/// only the diagonal could be factored.
 fn climb(
     h: &mut [f64],
     n: usize,
@@ -195,9 +229,12 @@ fn climb(
     mean: f64,
     dead: &[bool],
     start: f64,
-) -> (f64, Option<String>) {
+) -> (Option<f64>, Option<String>) {
     let first = if start > 0.0 { start } else { FIRST_RUNG };
-    let rungs = (start == 0.0).then_some(0.0).into_iter().chain(LADDER.map(|step| step * first));
+    let rungs = (start == 0.0)
+        .then_some(0.0)
+        .into_iter()
+        .chain(LADDER.map(|step| step * first));
     let mut tried: Option<(f64, NonPositivePivot)> = None;
     for fraction in rungs {
         if tried.is_some() {
@@ -205,7 +242,11 @@ fn climb(
             restore(h, n);
         }
         for (i, &d) in diagonal.iter().enumerate() {
-            let damp = if dead[n - 1 - i] { 0.0 } else { fraction * mean };
+            let damp = if dead[n - 1 - i] {
+                0.0
+            } else {
+                fraction * mean
+            };
             h[i * n + i] = d + damp;
         }
         match cholesky_in_place(h, n) {
@@ -216,7 +257,7 @@ fn climb(
                         pivot.index, pivot.value
                     )
                 });
-                return (fraction, fallback);
+                return (Some(fraction), fallback);
             }
             Err(pivot) => tried = Some((fraction, pivot)),
         }
@@ -231,7 +272,7 @@ fn climb(
             pivot.index, pivot.value
         )
     });
-    (0.0, reason)
+    (None, reason)
 }
 
 /// Copies the strict upper triangle (column major: row < column) back onto the lower.
@@ -284,7 +325,11 @@ fn invert_unit_upper(upper: &[f64], width: usize) -> Vec<f64> {
         row[i] = 1.0;
         for j in i + 1..width {
             let column = &upper[j * width..][..j];
-            row[j] = -column[i..].iter().zip(&row[i..j]).map(|(u, x)| u * x).sum::<f64>();
+            row[j] = -column[i..]
+                .iter()
+                .zip(&row[i..j])
+                .map(|(u, x)| u * x)
+                .sum::<f64>();
         }
     }
     inverse

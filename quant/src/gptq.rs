@@ -7,10 +7,11 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
-pub use crate::factor::Factor;
 use crate::factor::Block;
-use crate::grid::{GroupParams, Grid, Rounder};
+pub use crate::factor::Factor;
+use crate::grid::{Grid, GroupParams, Rounder};
 use crate::hessian::Moments;
+use crate::refine::refine;
 use crate::rtn::{Panel, Parts, check_weight, rtn};
 
 /// The order in which columns are rounded.
@@ -36,18 +37,30 @@ pub struct GptqParams {
     pub act_order: ActOrder,
     /// Columns corrected at once, rounded up to whole groups. Speed only, up to rounding; 128 in the paper.
     pub update_block: usize,
+    /// How often, at most, scales and codes are moved again after the sweep; 0 in the paper. Costs about as
+    /// much as the sweep each time.
+    pub refine_sweeps: usize,
 }
 
 impl GptqParams {
-    /// The usual setting on `grid`: damping 0.01, group-aware order, blocks of 128 columns.
+    /// The usual setting on `grid`: damping 0.01, group-aware order, blocks of 128 columns, three sweeps of
+    /// refinement.
     pub fn new(grid: Grid) -> Self {
-        Self { grid, damp_fraction: 0.01, act_order: ActOrder::Group, update_block: 128 }
+        Self {
+            grid,
+            damp_fraction: 0.01,
+            act_order: ActOrder::Group,
+            update_block: 128,
+            refine_sweeps: 3,
+        }
     }
 
     pub(crate) fn check(&self, cols: usize) -> Result<(), QuantError> {
         self.grid.check(cols)?;
         if !(self.damp_fraction >= 0.0 && self.damp_fraction.is_finite()) {
-            return Err(QuantError::DampFraction { damp_fraction: self.damp_fraction });
+            return Err(QuantError::DampFraction {
+                damp_fraction: self.damp_fraction,
+            });
         }
         if self.update_block == 0 {
             return Err(QuantError::UpdateBlock);
@@ -90,7 +103,8 @@ pub struct GptqReport {
 /// Frantar et al., GPTQ, arXiv 2210.17323, Algorithm 1, in the equivalent left-looking form of LDLQ (Chee et
 /// al., QuIP, arXiv 2307.13304). Differences: group parameters are found on the corrected weights, also
 /// inside an update block; they are rounded to f16 first; columns are ordered inside groups; dead columns
-/// keep their nearest values instead of zero; ties round to even.
+/// keep their nearest values instead of zero; ties round to even; codes and scales are refined afterwards
+/// by coordinate descent.
 ///
 /// # Errors
 /// [`QuantError::NonFiniteWeight`] and the errors of [`Factor::new`].
@@ -119,7 +133,10 @@ impl Factor {
     /// If `weight` is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
     pub fn quantize(&self, weight: &[f32], rows: usize, grid: &Grid) -> Result<Gptq, QuantError> {
         let cols = self.n();
-        assert!(self.fits(grid), "the factor was made for another granularity");
+        assert!(
+            self.fits(grid),
+            "the factor was made for another granularity"
+        );
         check_weight(weight, rows, cols)?;
         grid.check(cols)?;
         let mut report = GptqReport {
@@ -140,14 +157,25 @@ impl Factor {
         let mut out = Parts::new(rows, cols, grid);
         let tallies: Vec<Tally> = (out.par_panels(height), weight.par_chunks(height * cols))
             .into_par_iter()
-            .map(|(out, weight)| Sweep::new(self, grid, &importance, weight, out).run())
+            .map(|(mut out, weight)| {
+                let mut tally = Sweep::new(self, grid, &importance, weight, &mut out).run();
+                if let Some(curvature) = &self.curvature {
+                    let gain = refine(curvature, grid, weight, &mut out, self.refine_sweeps);
+                    tally.loss -= gain.loss;
+                    tally.error = gain.error;
+                }
+                tally
+            })
             .collect();
         // In the order of the panels, so that the sums are the same for every number of threads.
         let mut total = Tally::default();
         tallies.iter().for_each(|tally| total.add(tally));
         report.clipped = total.clipped;
         report.relative_error = total.relative_error(self.damp);
-        Ok(Gptq { quantized: out.finish(), report })
+        Ok(Gptq {
+            quantized: out.finish(),
+            report,
+        })
     }
 }
 
@@ -177,13 +205,17 @@ impl Tally {
     /// Takes the damping out of both sides again.
     fn relative_error(&self, damp: f64) -> f64 {
         let signal = self.signal - damp * self.weight;
-        if signal > 0.0 { (self.loss - damp * self.error).max(0.0) / signal } else { 0.0 }
+        if signal > 0.0 {
+            (self.loss - damp * self.error).max(0.0) / signal
+        } else {
+            0.0
+        }
     }
 }
 
 /// One panel of rows on its way through the blocks. Matrices are column major, so that a column of the
 /// panel is contiguous and the inner loop runs over rows.
-struct Sweep<'a> {
+struct Sweep<'a, 'b> {
     factor: &'a Factor,
     grid: &'a Grid,
     /// Weight of each place of the sweep in the scale search.
@@ -192,17 +224,17 @@ struct Sweep<'a> {
     /// `[2·rows, n]` in sweep order: the errors `W − Q` of finished columns above the weights, stacked so
     /// that the feedback and the signal's norm cost one product.
     stacked: Vec<f32>,
-    out: Panel<'a>,
+    out: &'a mut Panel<'b>,
     tally: Tally,
 }
 
-impl<'a> Sweep<'a> {
+impl<'a, 'b> Sweep<'a, 'b> {
     fn new(
         factor: &'a Factor,
         grid: &'a Grid,
         importance: &'a [f32],
         weight: &[f32],
-        out: Panel<'a>,
+        out: &'a mut Panel<'b>,
     ) -> Self {
         let n = factor.n();
         let rows = weight.len() / n;
@@ -212,7 +244,15 @@ impl<'a> Sweep<'a> {
                 *value = weight[row * n + col];
             }
         }
-        Self { factor, grid, importance, rows, stacked, out, tally: Tally::default() }
+        Self {
+            factor,
+            grid,
+            importance,
+            rows,
+            stacked,
+            out,
+            tally: Tally::default(),
+        }
     }
 
     fn run(mut self) -> Tally {
@@ -222,7 +262,11 @@ impl<'a> Sweep<'a> {
             for (group, places) in &block.groups {
                 let start = block.places.start;
                 let inside = places.start - start..places.end - start;
-                let rounders = self.group(*group, places.start, &current[self.rows * inside.start..][..self.rows * inside.len()]);
+                let rounders = self.group(
+                    *group,
+                    places.start,
+                    &current[self.rows * inside.start..][..self.rows * inside.len()],
+                );
                 for j in inside {
                     self.column(block, j, &mut current, &rounders);
                 }
@@ -252,7 +296,12 @@ impl<'a> Sweep<'a> {
         let mut signal = feedback.subrows(rows, rows).to_owned();
         let inside = MatRef::from_column_major_slice(&block.inside, width, width);
         matmul(&mut signal, Accum::Add, weight, inside, 1.0, Par::Seq);
-        for (j, place) in block.places.clone().enumerate().filter(|&(_, p)| !self.factor.dead[p]) {
+        for (j, place) in block
+            .places
+            .clone()
+            .enumerate()
+            .filter(|&(_, p)| !self.factor.dead[p])
+        {
             let square = |x: f32| f64::from(x) * f64::from(x);
             let column = signal.col(j).iter().map(|&x| square(x)).sum::<f64>();
             self.tally.signal += column * square(self.factor.root[place]);
@@ -260,7 +309,9 @@ impl<'a> Sweep<'a> {
         }
 
         let mut current: Vec<f32> = Vec::with_capacity(rows * width);
-        stacked.chunks(2 * rows).for_each(|column| current.extend_from_slice(&column[rows..]));
+        stacked
+            .chunks(2 * rows)
+            .for_each(|column| current.extend_from_slice(&column[rows..]));
         matmul(
             MatMut::from_column_major_slice_mut(&mut current, rows, width),
             Accum::Add,

@@ -139,17 +139,29 @@ impl Grid {
             }
         };
         assert_eq!(importance.len(), weights.len(), "one importance per weight");
-        Search { grid: self, weights, importance }.run(plain, low, high)
+        Search {
+            grid: self,
+            weights,
+            importance,
+        }
+        .run(plain, low, high)
     }
 
     /// Min/max parameters of the range `low ..= high`, `low ≤ 0 ≤ high`.
     fn range_params(&self, low: f32, high: f32) -> GroupParams {
-        let (low, high) = if low == 0.0 && high == 0.0 { (-1.0, 1.0) } else { (low, high) };
+        let (low, high) = if low == 0.0 && high == 0.0 {
+            (-1.0, 1.0)
+        } else {
+            (low, high)
+        };
         let (first, last) = self.codes();
         let steps = f32::from(last - first);
         if self.symmetric {
             let scale = storable(2.0 * (high.max(-low) / steps));
-            return GroupParams { scale, zero_point: self.scheme().mid() };
+            return GroupParams {
+                scale,
+                zero_point: self.scheme().mid(),
+            };
         }
         // Divided before subtracted: `high - low` of huge weights would be infinite.
         let scale = storable(high / steps - low / steps);
@@ -170,8 +182,16 @@ impl Grid {
     }
 }
 
+impl GroupParams {
+    /// The weight that `code` stands for.
+    #[inline]
+    pub fn value(&self, code: u8) -> f32 {
+        self.scale * (f32::from(code) - f32::from(self.zero_point))
+    }
+}
+
 /// The nearest magnitude that f16 can hold and that is neither zero nor infinite.
-fn storable(scale: f32) -> f32 {
+pub(crate) fn storable(scale: f32) -> f32 {
     let smallest = f16::from_bits(1).to_f32();
     let magnitude = scale.abs().clamp(smallest, f16::MAX.to_f32());
     f16::from_f32(magnitude).to_f32().copysign(scale)
@@ -276,7 +296,10 @@ impl Search<'_> {
         let mut best = (self.error(plain), plain);
         let mut start = (f32::INFINITY, plain);
         for candidate in self.candidates(low, high) {
-            let (_, error) = self.grid.rounder(candidate).refit(self.weights, self.importance);
+            let (_, error) = self
+                .grid
+                .rounder(candidate)
+                .refit(self.weights, self.importance);
             // False for NaN too: no weight counts, or the sums overflowed.
             if error < start.0 {
                 start = (error, candidate);
@@ -286,8 +309,17 @@ impl Search<'_> {
         if !self.grid.symmetric {
             let (first, last) = self.grid.codes();
             let zero = best.1.zero_point;
-            for zero_point in [zero.saturating_sub(1).max(first), zero.saturating_add(1).min(last)] {
-                self.improve(GroupParams { zero_point, ..best.1 }, &mut best);
+            for zero_point in [
+                zero.saturating_sub(1).max(first),
+                zero.saturating_add(1).min(last),
+            ] {
+                self.improve(
+                    GroupParams {
+                        zero_point,
+                        ..best.1
+                    },
+                    &mut best,
+                );
             }
         }
         best.1
@@ -305,9 +337,11 @@ impl Search<'_> {
                 // Of either sign, since +largest has a level at `half` steps only where it is negative.
                 let scale = storable(WIDEST * part * largest / half);
                 let zero_point = grid.scheme().mid();
-                [Some(scale), Some(-scale), None].map(|scale| scale.map(|scale| GroupParams { scale, zero_point }))
+                [Some(scale), Some(-scale), None]
+                    .map(|scale| scale.map(|scale| GroupParams { scale, zero_point }))
             } else {
-                [(part, part), (part, 1.0), (1.0, part)].map(|(l, h)| Some(grid.range_params(l * low, h * high)))
+                [(part, part), (part, 1.0), (1.0, part)]
+                    .map(|(l, h)| Some(grid.range_params(l * low, h * high)))
             };
             all.into_iter().flatten()
         })
@@ -317,13 +351,16 @@ impl Search<'_> {
     fn improve(&self, start: GroupParams, best: &mut (f32, GroupParams)) {
         let mut params = start;
         for _ in 0..REFITS {
-            let (scale, _) = self.grid.rounder(params).refit(self.weights, self.importance);
+            let (scale, _) = self
+                .grid
+                .rounder(params)
+                .refit(self.weights, self.importance);
             if !scale.is_finite() || scale == 0.0 {
                 return;
             }
             params.scale = storable(scale);
             let error = self.error(params);
-            if !(error < best.0) {
+            if error.total_cmp(&best.0).is_ge() {
                 return;
             }
             *best = (error, params);
@@ -331,6 +368,8 @@ impl Search<'_> {
     }
 
     fn error(&self, params: GroupParams) -> f32 {
-        self.grid.rounder(params).error(self.weights, self.importance)
+        self.grid
+            .rounder(params)
+            .error(self.weights, self.importance)
     }
 }

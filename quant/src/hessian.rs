@@ -9,6 +9,8 @@ use crate::error::QuantError;
 /// Tokens summed in f32 before the sum goes to f64: long enough for the product to be fast, short
 /// enough that rounding stays far below the damping.
 const SLAB: usize = 1024;
+/// The largest magnitude of an input: a slab of its squares is still far from the end of f32.
+const LARGEST: f32 = 1e16;
 /// Rows measured by one task.
 const PANEL_ROWS: usize = 64;
 
@@ -28,7 +30,12 @@ pub struct Moments {
 impl Moments {
     /// Moments of no tokens yet.
     pub fn new(n: usize) -> Self {
-        Self { n, tokens: 0, second: vec![0.0; n * n], abs_sum: vec![0.0; n] }
+        Self {
+            n,
+            tokens: 0,
+            second: vec![0.0; n * n],
+            abs_sum: vec![0.0; n],
+        }
     }
 
     /// Input features.
@@ -48,7 +55,9 @@ impl Moments {
 
     /// Mean of `x²` per input feature; zeros before the first token.
     pub fn square_mean(&self) -> Vec<f64> {
-        (0..self.n).map(|i| self.second[i * self.n + i] / self.count()).collect()
+        (0..self.n)
+            .map(|i| self.second[i * self.n + i] / self.count())
+            .collect()
     }
 
     /// Adds the tokens `x` (`[tokens, n]`, row major).
@@ -61,9 +70,16 @@ impl Moments {
     pub fn add(&mut self, x: &[f32]) -> Result<(), QuantError> {
         let n = self.n;
         assert!(x.len().is_multiple_of(n), "x is not [tokens, n]");
-        if let Some(at) = x.par_iter().position_first(|v| !v.is_finite()) {
+        if let Some(at) = x
+            .par_iter()
+            .position_first(|v| !(-LARGEST..=LARGEST).contains(v))
+        {
             let token = self.tokens + (at / n) as u64;
-            return Err(QuantError::NonFiniteInput { token, col: at % n, value: x[at] });
+            return Err(QuantError::NonFiniteInput {
+                token,
+                col: at % n,
+                value: x[at],
+            });
         }
         for slab in x.chunks(SLAB * n) {
             self.add_slab(slab);
@@ -79,29 +95,31 @@ impl Moments {
         let height = panel(n);
         let x = MatRef::from_row_major_slice(x, tokens, n);
         let rows = self.second.par_chunks_mut(height * n);
-        rows.zip(self.abs_sum.par_chunks_mut(height)).enumerate().for_each(|(at, (second, abs))| {
-            let first = at * height;
-            let end = first + abs.len();
-            let mut product = vec![0f32; abs.len() * end];
-            matmul(
-                MatMut::from_row_major_slice_mut(&mut product, abs.len(), end),
-                Accum::Replace,
-                x.subcols(first, abs.len()).transpose(),
-                x.subcols(0, end),
-                1.0,
-                Par::Seq,
-            );
-            for (sums, products) in second.chunks_mut(n).zip(product.chunks(end)) {
-                for (sum, &product) in sums.iter_mut().zip(products) {
-                    *sum += f64::from(product);
+        rows.zip(self.abs_sum.par_chunks_mut(height))
+            .enumerate()
+            .for_each(|(at, (second, abs))| {
+                let first = at * height;
+                let end = first + abs.len();
+                let mut product = vec![0f32; abs.len() * end];
+                matmul(
+                    MatMut::from_row_major_slice_mut(&mut product, abs.len(), end),
+                    Accum::Replace,
+                    x.subcols(first, abs.len()).transpose(),
+                    x.subcols(0, end),
+                    1.0,
+                    Par::Seq,
+                );
+                for (sums, products) in second.chunks_mut(n).zip(product.chunks(end)) {
+                    for (sum, &product) in sums.iter_mut().zip(products) {
+                        *sum += f64::from(product);
+                    }
                 }
-            }
-            for token in 0..tokens {
-                for (i, sum) in abs.iter_mut().enumerate() {
-                    *sum += f64::from(x[(token, first + i)].abs());
+                for token in 0..tokens {
+                    for (i, sum) in abs.iter_mut().enumerate() {
+                        *sum += f64::from(x[(token, first + i)].abs());
+                    }
                 }
-            }
-        });
+            });
     }
 
     /// The moments of the inputs `x / s`, exactly: `Σ → D⁻¹ Σ D⁻¹` with `D = diag(s)`.
@@ -110,12 +128,18 @@ impl Moments {
     /// If `s` is not `[n]` or a factor is not a positive number.
     pub fn scaled(&mut self, s: &[f32]) {
         assert_eq!(s.len(), self.n, "s is not [n]");
-        assert!(s.iter().all(|&s| s > 0.0 && s.is_finite()), "factors are positive");
-        self.second.par_chunks_mut(self.n).enumerate().for_each(|(row, values)| {
-            for (value, &other) in values[..=row].iter_mut().zip(s) {
-                *value /= f64::from(s[row]) * f64::from(other);
-            }
-        });
+        assert!(
+            s.iter().all(|&s| s > 0.0 && s.is_finite()),
+            "factors are positive"
+        );
+        self.second
+            .par_chunks_mut(self.n)
+            .enumerate()
+            .for_each(|(row, values)| {
+                for (value, &other) in values[..=row].iter_mut().zip(s) {
+                    *value /= f64::from(s[row]) * f64::from(other);
+                }
+            });
         for (sum, &s) in self.abs_sum.iter_mut().zip(s) {
             *sum /= f64::from(s);
         }
@@ -124,9 +148,14 @@ impl Moments {
     /// The mean of `2·x·xᵀ` over tokens, in the same buffer; zeros where no token was seen.
     pub fn finish(mut self) -> Hessian {
         let factor = 2.0 / self.count();
-        self.second.par_iter_mut().for_each(|value| *value *= factor);
+        self.second
+            .par_iter_mut()
+            .for_each(|value| *value *= factor);
         mirror(&mut self.second, self.n);
-        Hessian { n: self.n, values: self.second }
+        Hessian {
+            n: self.n,
+            values: self.second,
+        }
     }
 
     /// The mean of `x·xᵀ` in f32, for repeated products.
@@ -207,7 +236,10 @@ impl Metric {
 
     /// [`Self::measure`] with the rows in fixed panels, in parallel.
     pub(crate) fn measure_panels(&self, delta: &[f32]) -> f64 {
-        let panels: Vec<f64> = delta.par_chunks(PANEL_ROWS * self.n).map(|rows| self.measure(rows)).collect();
+        let panels: Vec<f64> = delta
+            .par_chunks(PANEL_ROWS * self.n)
+            .map(|rows| self.measure(rows))
+            .collect();
         panels.iter().sum()
     }
 
@@ -225,8 +257,15 @@ impl Metric {
             Par::Seq,
         );
         let dot = |(d, p): (&[f32], &[f32])| {
-            d.iter().zip(p).map(|(&d, &p)| f64::from(d) * f64::from(p)).sum()
+            d.iter()
+                .zip(p)
+                .map(|(&d, &p)| f64::from(d) * f64::from(p))
+                .sum()
         };
-        delta.chunks(len).zip(product.chunks(len)).map(dot).collect()
+        delta
+            .chunks(len)
+            .zip(product.chunks(len))
+            .map(dot)
+            .collect()
     }
 }

@@ -15,6 +15,7 @@ mod hessian;
 mod linalg;
 mod pass;
 mod recipe;
+mod refine;
 mod rtn;
 
 pub use awq::{

@@ -31,7 +31,9 @@ pub(crate) struct NonPositivePivot {
 /// the lower triangle is then half done.
 pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositivePivot> {
     assert_eq!(a.len(), n * n, "a is not [n, n]");
-    let noise: Vec<f64> = (0..n).map(|i| a[i * n + i] * n as f64 * f64::EPSILON).collect();
+    let noise: Vec<f64> = (0..n)
+        .map(|i| a[i * n + i] * n as f64 * f64::EPSILON)
+        .collect();
     for start in (0..n).step_by(STRIP) {
         let width = STRIP.min(n - start);
         let end = start + width;
@@ -44,12 +46,15 @@ pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositi
         let inverse = invert_tile(strip, n, start, width);
         solve_below(strip, n, end, width, &inverse);
         let strip = MatRef::from_column_major_slice_with_stride(strip, n, width, n);
-        right.par_chunks_mut(TASK * n).enumerate().for_each(|(task, columns)| {
-            let first = end + task * TASK;
-            let count = columns.len() / n;
-            let columns = MatMut::from_column_major_slice_mut(columns, n, count);
-            subtract_outer(columns, strip, first, count);
-        });
+        right
+            .par_chunks_mut(TASK * n)
+            .enumerate()
+            .for_each(|(task, columns)| {
+                let first = end + task * TASK;
+                let count = columns.len() / n;
+                let columns = MatMut::from_column_major_slice_mut(columns, n, count);
+                subtract_outer(columns, strip, first, count);
+            });
     }
     Ok(())
 }
@@ -72,7 +77,14 @@ fn subtract_outer(columns: MatMut<'_, f64>, strip: MatRef<'_, f64>, first: usize
     );
     if rest.nrows() > 0 {
         let other_rows = strip.subrows(first + count, rest.nrows());
-        matmul(rest, Accum::Add, other_rows, pivot_rows.transpose(), -1.0, Par::Seq);
+        matmul(
+            rest,
+            Accum::Add,
+            other_rows,
+            pivot_rows.transpose(),
+            -1.0,
+            Par::Seq,
+        );
     }
 }
 
@@ -95,9 +107,11 @@ fn factor_tile(
             }
         }
         let pivot = column[0];
-        // Written so that NaN is refused.
-        if !(pivot > noise[start + j]) {
-            return Err(NonPositivePivot { index: start + j, value: pivot });
+        if pivot.is_nan() || pivot <= noise[start + j] {
+            return Err(NonPositivePivot {
+                index: start + j,
+                value: pivot,
+            });
         }
         let root = pivot.sqrt();
         column.iter_mut().for_each(|value| *value /= root);
@@ -162,11 +176,15 @@ mod tests {
     fn positive(n: usize, rank: usize, shift: f64) -> Vec<f64> {
         let mut state = 12345u64;
         let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             (state >> 11) as f64 / (1u64 << 53) as f64 - 0.5
         };
         let b: Vec<f64> = (0..n * rank).map(|_| next()).collect();
-        let dot = |i: usize, j: usize| -> f64 { (0..rank).map(|k| b[i * rank + k] * b[j * rank + k]).sum() };
+        let dot = |i: usize, j: usize| -> f64 {
+            (0..rank).map(|k| b[i * rank + k] * b[j * rank + k]).sum()
+        };
         let value = |at: usize| {
             let (i, j) = (at % n, at / n);
             dot(i.max(j), i.min(j)) + if i == j { shift } else { 0.0 }
@@ -189,7 +207,11 @@ mod tests {
                     assert!((product - a[j * n + i]).abs() <= tolerance, "{n}: {i} {j}");
                 }
                 for i in 0..j {
-                    assert_eq!(l[j * n + i], a[j * n + i], "the upper triangle is untouched");
+                    assert_eq!(
+                        l[j * n + i],
+                        a[j * n + i],
+                        "the upper triangle is untouched"
+                    );
                 }
             }
         }

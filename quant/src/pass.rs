@@ -103,7 +103,9 @@ impl<'a> QuantPass<'a> {
 
     /// Rounds the linears of a site to nearest, within AWQ's clips where there are statistics.
     fn rewrite_nearest(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
-        let metric = self.moments.remove(&site).map(|moments| moments.metric());
+        let moments = self.moments.remove(&site);
+        let metric = moments.as_ref().map(Moments::metric);
+        let importance = moments.map(|moments| moments.square_mean().iter().map(|&mean| mean as f32).collect::<Vec<f32>>());
         for &kind in site.linears() {
             let Some(&grid) = self.grid(site.block, kind) else { continue };
             let linear = block.linear_mut(kind);
@@ -116,7 +118,7 @@ impl<'a> QuantPass<'a> {
                 }
                 _ => None,
             };
-            let quantized = rtn(weight, rows, cols, &grid, None, clips.as_deref()).map_err(|error| error.in_tensor(&name))?;
+            let quantized = rtn(weight, rows, cols, &grid, importance.as_deref(), clips.as_deref()).map_err(|error| error.in_tensor(&name))?;
             let relative_error = relative_error(weight, &quantized, metric.as_ref());
             let report = TensorReport { relative_error: Some(relative_error), ..TensorReport::default() };
             out.insert(name, (NewTensor::Quantized(quantized), report));

@@ -32,32 +32,42 @@ pub fn rtn(
     check_weight(weight, rows, cols)?;
     grid.check(cols)?;
     let groups = grid.scheme().groups(cols);
-    assert!(importance.is_none_or(|h| h.len() == cols), "importance is not [cols]");
-    assert!(clip.is_none_or(|c| c.len() == rows * groups), "clip is not [rows, groups]");
+    assert!(
+        importance.is_none_or(|h| h.len() == cols),
+        "importance is not [cols]"
+    );
+    assert!(
+        clip.is_none_or(|c| c.len() == rows * groups),
+        "clip is not [rows, groups]"
+    );
 
     let mut out = Parts::new(rows, cols, grid);
-    out.par_panels(PANEL_ROWS).enumerate().for_each(|(panel, mut out)| {
-        let mut group_weights = Vec::new();
-        for row in 0..out.scales.len() / groups {
-            let at = panel * PANEL_ROWS + row;
-            for group in 0..groups {
-                let columns = grid.columns(group, cols);
-                let limit = clip.map_or(f32::INFINITY, |clip| clip[at * groups + group]);
-                group_weights.clear();
-                group_weights.extend(
-                    weight[at * cols..][columns.clone()].iter().map(|w| w.clamp(-limit, limit)),
-                );
-                let params =
-                    grid.params(&group_weights, importance.map(|h| &h[columns.clone()]));
-                out.set(row * groups + group, params);
-                let rounder = grid.rounder(params);
-                let codes = &mut out.codes[row * cols..][columns];
-                for (code, &w) in codes.iter_mut().zip(&group_weights) {
-                    *code = rounder.code(rounder.steps(w));
+    out.par_panels(PANEL_ROWS)
+        .enumerate()
+        .for_each(|(panel, mut out)| {
+            let mut group_weights = Vec::new();
+            for row in 0..out.scales.len() / groups {
+                let at = panel * PANEL_ROWS + row;
+                for group in 0..groups {
+                    let columns = grid.columns(group, cols);
+                    let limit = clip.map_or(f32::INFINITY, |clip| clip[at * groups + group]);
+                    group_weights.clear();
+                    group_weights.extend(
+                        weight[at * cols..][columns.clone()]
+                            .iter()
+                            .map(|w| w.clamp(-limit, limit)),
+                    );
+                    let params =
+                        grid.params(&group_weights, importance.map(|h| &h[columns.clone()]));
+                    out.set(row * groups + group, params);
+                    let rounder = grid.rounder(params);
+                    let codes = &mut out.codes[row * cols..][columns];
+                    for (code, &w) in codes.iter_mut().zip(&group_weights) {
+                        *code = rounder.code(rounder.steps(w));
+                    }
                 }
             }
-        }
-    });
+        });
     Ok(out.finish())
 }
 
@@ -118,7 +128,11 @@ impl Parts {
             matrix.zero_points.par_chunks_mut(rows * self.groups),
         )
             .into_par_iter()
-            .map(|(codes, scales, zero_points)| Panel { codes, scales, zero_points })
+            .map(|(codes, scales, zero_points)| Panel {
+                codes,
+                scales,
+                zero_points,
+            })
     }
 
     pub(crate) fn finish(mut self) -> QuantizedMatrix {
@@ -134,5 +148,13 @@ impl Panel<'_> {
     pub(crate) fn set(&mut self, at: usize, params: GroupParams) {
         self.scales[at] = f16::from_f32(params.scale);
         self.zero_points[at] = params.zero_point;
+    }
+
+    /// The parameters stored there.
+    pub(crate) fn params(&self, at: usize) -> GroupParams {
+        GroupParams {
+            scale: self.scales[at].to_f32(),
+            zero_point: self.zero_points[at],
+        }
     }
 }

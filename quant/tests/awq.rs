@@ -23,7 +23,11 @@ fn loss(weight: &[f32], other: &[f32], x: &[f32], cols: usize) -> f64 {
         .chunks(cols)
         .flat_map(|w| {
             x.chunks(cols).map(move |x| {
-                let dot: f64 = w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                let dot: f64 = w
+                    .iter()
+                    .zip(x)
+                    .map(|(w, x)| f64::from(*w) * f64::from(*x))
+                    .sum();
                 dot * dot
             })
         })
@@ -53,8 +57,13 @@ fn identity_scales_are_round_to_nearest() {
     let (rows, cols) = (70, 48);
     let weight = Random(1).normals(rows * cols, 0.1);
     for grid in grids() {
-        let nearest = rtn(&weight, rows, cols, &grid, None, None).unwrap().dequantize();
-        assert_eq!(rounded(&weight, rows, cols, &[1.0; 48], &grid).unwrap(), nearest);
+        let nearest = rtn(&weight, rows, cols, &grid, None, None)
+            .unwrap()
+            .dequantize();
+        assert_eq!(
+            rounded(&weight, rows, cols, &[1.0; 48], &grid).unwrap(),
+            nearest
+        );
     }
 }
 
@@ -73,7 +82,10 @@ fn loss_is_the_one_of_the_definition() {
             let got = quadratic_loss(&weight, rows, cols, &metric, &scales, &grid).unwrap();
             // f32 products over `cols` terms with partly cancelling signs.
             let tolerance = exact * cols as f64 * f64::from(f32::EPSILON) * 16.0;
-            assert!((got - exact).abs() <= tolerance, "{grid:?}: {got}, expected {exact}");
+            assert!(
+                (got - exact).abs() <= tolerance,
+                "{grid:?}: {got}, expected {exact}"
+            );
         }
     }
 }
@@ -87,7 +99,10 @@ fn scaling_helps_where_few_channels_are_large() {
     let weight = random.normals(rows * cols, 0.1);
     let moments = moments(&x, cols);
     let metric = moments.metric();
-    for grid in [grid(4, false, Granularity::Group(32)), grid(4, true, Granularity::Group(32))] {
+    for grid in [
+        grid(4, false, Granularity::Group(32)),
+        grid(4, true, Granularity::Group(32)),
+    ] {
         let losses: Vec<f64> = scale_candidates(&moments.abs_mean(), 20)
             .iter()
             .map(|s| quadratic_loss(&weight, rows, cols, &metric, s, &grid).unwrap())
@@ -108,8 +123,12 @@ fn clipping_is_never_worse_and_helps_on_outliers() {
     let metric = moments.metric();
     for grid in grids() {
         let clip = search_clip(&weight, rows, cols, &metric, &grid, 20, 0.5).unwrap();
-        let nearest = rtn(&weight, rows, cols, &grid, None, None).unwrap().dequantize();
-        let clipped = rtn(&weight, rows, cols, &grid, None, Some(&clip)).unwrap().dequantize();
+        let nearest = rtn(&weight, rows, cols, &grid, None, None)
+            .unwrap()
+            .dequantize();
+        let clipped = rtn(&weight, rows, cols, &grid, None, Some(&clip))
+            .unwrap()
+            .dequantize();
         let groups = grid.scheme().groups(cols);
         let mut gained = 0;
         for row in 0..rows {
@@ -117,17 +136,29 @@ fn clipping_is_never_worse_and_helps_on_outliers() {
                 // The objective: the group's own part of the output.
                 let part = |matrix: &[f32]| -> Vec<f32> {
                     let inside = grid.columns(group, cols);
-                    let keep = |c: usize| if inside.contains(&c) { matrix[row * cols + c] } else { 0.0 };
+                    let keep = |c: usize| {
+                        if inside.contains(&c) {
+                            matrix[row * cols + c]
+                        } else {
+                            0.0
+                        }
+                    };
                     (0..cols).map(keep).collect()
                 };
                 let original = part(&weight);
                 let before = relative_error(&original, &part(&nearest), &x, cols);
                 let after = relative_error(&original, &part(&clipped), &x, cols);
-                assert!(after <= before * (1.0 + 1e-4), "{grid:?}: {before} to {after}");
+                assert!(
+                    after <= before * (1.0 + 1e-4),
+                    "{grid:?}: {before} to {after}"
+                );
                 gained += usize::from(after < 0.9 * before);
             }
         }
-        assert!(gained * 10 > rows * groups, "{grid:?}: {gained} groups gained");
+        assert!(
+            gained * 10 > rows * groups,
+            "{grid:?}: {gained} groups gained"
+        );
     }
 }
 
@@ -150,8 +181,11 @@ fn a_fold_changes_nothing_but_rounding() {
     let producer = random.normals(cols * cols, 0.3);
     let bias = random.normals(cols, 0.3);
     let consumer = random.normals(rows * cols, 0.3);
-    let s: Vec<f32> = (0..cols).map(|_| (0.7 * random.normal()).exp() as f32).collect();
-    let (mut folded, mut folded_bias, mut scaled) = (producer.clone(), bias.clone(), consumer.clone());
+    let s: Vec<f32> = (0..cols)
+        .map(|_| (0.7 * random.normal()).exp() as f32)
+        .collect();
+    let (mut folded, mut folded_bias, mut scaled) =
+        (producer.clone(), bias.clone(), consumer.clone());
     divide_rows(&mut folded, &s);
     divide_vector(&mut folded_bias, &s, 0.0);
     scale_columns(&mut scaled, &s);
@@ -160,11 +194,16 @@ fn a_fold_changes_nothing_but_rounding() {
         let hidden = |k: usize| -> (f64, f64) {
             let terms = p[k * cols..][..cols].iter().zip(x);
             let products = terms.map(|(p, x)| f64::from(*p) * f64::from(*x));
-            products.fold((f64::from(b[k]), f64::from(b[k]).abs()), |(v, m), t| (v + t, m + t.abs()))
+            products.fold((f64::from(b[k]), f64::from(b[k]).abs()), |(v, m), t| {
+                (v + t, m + t.abs())
+            })
         };
         (0..cols).fold((0.0, 0.0), |(value, size), k| {
             let (h, m) = hidden(k);
-            (value + f64::from(c[k]) * h, size + f64::from(c[k]).abs() * m)
+            (
+                value + f64::from(c[k]) * h,
+                size + f64::from(c[k]).abs() * m,
+            )
         })
     };
     for x in x.chunks(cols) {
@@ -211,7 +250,10 @@ fn bad_weights_are_refused() {
     let grid = grid(4, false, Granularity::Channel);
     let weight = [1.0, f32::NAN];
     let refused = |error: QuantError| {
-        assert!(matches!(error, QuantError::NonFiniteWeight { row: 0, col: 1, .. }), "{error}");
+        assert!(
+            matches!(error, QuantError::NonFiniteWeight { row: 0, col: 1, .. }),
+            "{error}"
+        );
     };
     refused(rounded(&weight, 1, 2, &[1.0; 2], &grid).unwrap_err());
     refused(quadratic_loss(&weight, 1, 2, &metric, &[1.0; 2], &grid).unwrap_err());

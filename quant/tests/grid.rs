@@ -10,9 +10,9 @@ use qbin_quant::{Granularity, Grid, QuantError, ScaleSearch, rtn};
 const WIDTHS: [u8; 3] = [3, 4, 8];
 
 fn all_grids() -> impl Iterator<Item = Grid> {
-    WIDTHS.into_iter().flat_map(|bits| {
-        [false, true].map(|symmetric| grid(bits, symmetric, Granularity::Channel))
-    })
+    WIDTHS
+        .into_iter()
+        .flat_map(|bits| [false, true].map(|symmetric| grid(bits, symmetric, Granularity::Channel)))
 }
 
 /// The weights after one round trip through the codes of `grid`, as one group.
@@ -84,11 +84,17 @@ fn search_gains_on_a_group_with_an_outlier() {
     weights[17] = 9.0;
     let ones = vec![1.0; 128];
     for plain in all_grids() {
-        let searched = Grid { search: ScaleSearch::Weighted, ..plain };
+        let searched = Grid {
+            search: ScaleSearch::Weighted,
+            ..plain
+        };
         let error = |grid| weighted_error(&weights, &round_trip(grid, &weights, None).1, &ones);
         let (before, after) = (error(&plain), error(&searched));
         let factor = if plain.bits == 8 { 1.0 } else { 0.97 };
-        assert!(after <= factor * before, "{searched:?}: {before} to {after}");
+        assert!(
+            after <= factor * before,
+            "{searched:?}: {before} to {after}"
+        );
     }
 }
 
@@ -97,7 +103,10 @@ fn search_follows_the_importance() {
     let mut weights = Random(4).normals(64, 1.0);
     weights[5] = 12.0;
     for plain in all_grids() {
-        let searched = Grid { search: ScaleSearch::Weighted, ..plain };
+        let searched = Grid {
+            search: ScaleSearch::Weighted,
+            ..plain
+        };
         let mut importance = vec![1.0; 64];
         importance[5] = 0.0;
         let (ignored, _) = round_trip(&searched, &weights, Some(&importance));
@@ -105,7 +114,10 @@ fn search_follows_the_importance() {
         let (_, kept) = round_trip(&searched, &weights, Some(&importance));
         assert!((kept[5] - 12.0).abs() < 0.05, "{searched:?}: {}", kept[5]);
         let (plain_scale, _) = round_trip(&plain, &weights, None);
-        assert!(ignored.abs() < 0.9 * plain_scale, "{searched:?}: {ignored} of {plain_scale}");
+        assert!(
+            ignored.abs() < 0.9 * plain_scale,
+            "{searched:?}: {ignored} of {plain_scale}"
+        );
     }
 }
 
@@ -114,7 +126,10 @@ fn a_symmetric_scale_may_be_negative() {
     // −8 … 7 with the large weight on the positive side: only a negative scale has a level for it.
     let weights: Vec<f32> = (-7..=8).map(|step| 0.25 * step as f32).collect();
     let plain = grid(4, true, Granularity::Channel);
-    let searched = Grid { search: ScaleSearch::Weighted, ..plain };
+    let searched = Grid {
+        search: ScaleSearch::Weighted,
+        ..plain
+    };
     let (scale, rounded) = round_trip(&searched, &weights, None);
     assert_eq!((scale, rounded), (-0.25, weights.clone()));
     assert_ne!(round_trip(&plain, &weights, None).1, weights);
@@ -143,14 +158,25 @@ fn published_min_max_rule() {
         // The largest weight lies half a step beyond the last level.
         assert_eq!(matrix.codes[2], high);
         assert_eq!(u32::from(high - low), steps as u32);
-        assert_eq!(u32::from(matrix.scheme.mid()), u32::from(low) + (steps as u32).div_ceil(2));
+        assert_eq!(
+            u32::from(matrix.scheme.mid()),
+            u32::from(low) + (steps as u32).div_ceil(2)
+        );
     }
 }
 
 #[test]
 fn ties_round_to_even() {
     let weights = [15.0, 0.5, 1.5, 2.5, 3.5, 0.0];
-    let matrix = rtn(&weights, 1, 6, &grid(4, false, Granularity::Channel), None, None).unwrap();
+    let matrix = rtn(
+        &weights,
+        1,
+        6,
+        &grid(4, false, Granularity::Channel),
+        None,
+        None,
+    )
+    .unwrap();
     assert_eq!(matrix.scales, [f16::ONE]);
     assert_eq!(matrix.codes, [15, 0, 2, 2, 4, 0]);
 }
@@ -171,7 +197,10 @@ fn scales_stay_inside_f16() {
             let grid = Grid { search, ..plain };
             for (weights, expected) in cases {
                 let (scale, rounded) = round_trip(&grid, weights, None);
-                assert!(scale != 0.0 && scale.is_finite(), "{grid:?} {weights:?}: {scale}");
+                assert!(
+                    scale != 0.0 && scale.is_finite(),
+                    "{grid:?} {weights:?}: {scale}"
+                );
                 if !expected.is_nan() {
                     assert_eq!(scale.abs(), expected, "{grid:?} {weights:?}");
                 }
@@ -200,7 +229,10 @@ fn clip_bounds_a_group_before_its_scale_is_chosen() {
     let limited = rtn(&[1.0, -0.5, 0.25, 1.0], 1, 4, &grid, None, None).unwrap();
     assert_eq!(matrix.codes[..4], limited.codes);
     assert_eq!(matrix.scales[0], limited.scales[0]);
-    assert_eq!(matrix.codes[4..], rtn(&weights[4..], 1, 4, &grid, None, None).unwrap().codes);
+    assert_eq!(
+        matrix.codes[4..],
+        rtn(&weights[4..], 1, 4, &grid, None, None).unwrap().codes
+    );
 }
 
 #[test]
@@ -212,7 +244,10 @@ fn short_last_group_and_rows_stand_alone() {
         for row in [0, 15, 16, 34] {
             for group in 0..4 {
                 let columns = group * 16..50.min(group * 16 + 16);
-                let alone = Grid { granularity: Granularity::Channel, ..plain };
+                let alone = Grid {
+                    granularity: Granularity::Channel,
+                    ..plain
+                };
                 let weights = &weight[row * cols..][columns.clone()];
                 let alone = rtn(weights, 1, weights.len(), &alone, None, None).unwrap();
                 assert_eq!(whole.codes[row * cols..][columns], alone.codes);
@@ -234,11 +269,29 @@ fn impossible_grids_are_refused() {
     for group_size in [0, 9] {
         let grid = grid(4, true, Granularity::Group(group_size));
         let error = rtn(&weights, 1, 8, &grid, None, None).unwrap_err();
-        assert_eq!(error, QuantError::GroupSize { group_size, cols: 8 });
+        assert_eq!(
+            error,
+            QuantError::GroupSize {
+                group_size,
+                cols: 8
+            }
+        );
         assert!(error.hint().is_some());
     }
     let infinite = [1.0, f32::NEG_INFINITY, f32::NAN];
-    let error = rtn(&infinite, 3, 1, &grid(4, true, Granularity::Channel), None, None).unwrap_err();
-    let expected = QuantError::NonFiniteWeight { row: 1, col: 0, value: f32::NEG_INFINITY };
+    let error = rtn(
+        &infinite,
+        3,
+        1,
+        &grid(4, true, Granularity::Channel),
+        None,
+        None,
+    )
+    .unwrap_err();
+    let expected = QuantError::NonFiniteWeight {
+        row: 1,
+        col: 0,
+        value: f32::NEG_INFINITY,
+    };
     assert_eq!(error, expected);
 }

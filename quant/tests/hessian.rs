@@ -46,7 +46,10 @@ fn means_are_those_of_the_definition() {
                 // A sum of at most 1024 f32 products, each rounded once when added.
                 let tolerance = 1024.0 * f64::from(f32::EPSILON) * 2.0 * size[i] / tokens as f64;
                 let value = hessian.values()[i];
-                assert!((value - expected).abs() <= tolerance, "{n} {i}: {value} {expected}");
+                assert!(
+                    (value - expected).abs() <= tolerance,
+                    "{n} {i}: {value} {expected}"
+                );
                 assert_eq!(value, hessian.values()[i % n * n + i / n], "symmetric");
             }
             for (i, square) in squares.iter().enumerate() {
@@ -63,7 +66,9 @@ fn scaled_moments_are_those_of_scaled_inputs() {
     let mut random = Random(6);
     let x = activations(&mut random, 90, n);
     // Powers of two: both sides are exact.
-    let s: Vec<f32> = (0..n).map(|_| 2f32.powi((random.bits() % 9) as i32 - 4)).collect();
+    let s: Vec<f32> = (0..n)
+        .map(|_| 2f32.powi((random.bits() % 9) as i32 - 4))
+        .collect();
     let mut scaled = moments(&x, n);
     scaled.scaled(&s);
     let divided: Vec<f32> = x.iter().enumerate().map(|(i, x)| x / s[i % n]).collect();
@@ -77,11 +82,21 @@ fn inputs_that_are_not_finite_are_refused_and_change_nothing() {
     let n = 8;
     let mut got = moments(&activations(&mut Random(1), 5, n), n);
     let before = got.clone();
-    let mut x = vec![1f32; 3 * n];
-    x[2 * n + 6] = f32::INFINITY;
-    let error = got.add(&x).unwrap_err();
-    assert_eq!(error, QuantError::NonFiniteInput { token: 7, col: 6, value: f32::INFINITY });
-    assert_eq!(got, before);
+    for bad in [f32::INFINITY, f32::NEG_INFINITY, 1e17, f32::NAN] {
+        let mut x = vec![1f32; 3 * n];
+        x[2 * n + 6] = bad;
+        let error = got.add(&x).unwrap_err();
+        let QuantError::NonFiniteInput {
+            token: 7,
+            col: 6,
+            value,
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert_eq!(value.to_bits(), bad.to_bits());
+        assert_eq!(got, before);
+    }
 }
 
 #[test]

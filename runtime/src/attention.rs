@@ -32,16 +32,29 @@ struct Tile {
 
 /// `q[tokens, heads · head_dim]` (rotated) to the mixed values of the same shape. A token sees itself and
 /// what came before it, at most `window` positions in all.
-pub(crate) fn attend(config: &ModelConfig, q: &[f32], spans: &[Span<'_>], window: Option<usize>) -> Vec<f32> {
+pub(crate) fn attend(
+    config: &ModelConfig,
+    q: &[f32],
+    spans: &[Span<'_>],
+    window: Option<usize>,
+) -> Vec<f32> {
     let (q_dim, dim) = (config.q_dim(), config.head_dim);
     let mut tiles = Vec::new();
     for (span, s) in spans.iter().enumerate() {
         for first in (0..s.len).step_by(QUERY_TILE) {
             let len = QUERY_TILE.min(s.len - first);
-            tiles.extend((0..config.num_heads).map(|head| Tile { span, head, first, len }));
+            tiles.extend((0..config.num_heads).map(|head| Tile {
+                span,
+                head,
+                first,
+                len,
+            }));
         }
     }
-    let mixed: Vec<Vec<f32>> = tiles.par_iter().map(|tile| attend_tile(config, q, &spans[tile.span], tile, window)).collect();
+    let mixed: Vec<Vec<f32>> = tiles
+        .par_iter()
+        .map(|tile| attend_tile(config, q, &spans[tile.span], tile, window))
+        .collect();
     let mut out = vec![0.0; q.len()];
     for (tile, values) in tiles.iter().zip(&mixed) {
         let first = spans[tile.span].first + tile.first;
@@ -54,28 +67,55 @@ pub(crate) fn attend(config: &ModelConfig, q: &[f32], spans: &[Span<'_>], window
 }
 
 /// The mixed values of one tile, `[tile.len, head_dim]`.
-fn attend_tile(config: &ModelConfig, q: &[f32], span: &Span<'_>, tile: &Tile, window: Option<usize>) -> Vec<f32> {
+fn attend_tile(
+    config: &ModelConfig,
+    q: &[f32],
+    span: &Span<'_>,
+    tile: &Tile,
+    window: Option<usize>,
+) -> Vec<f32> {
     let (dim, kv_dim) = (config.head_dim, config.kv_dim());
     let kv_offset = tile.head / (config.num_heads / config.num_kv_heads) * dim;
     let last = span.past + tile.first + tile.len;
     let oldest = |position: usize| window.map_or(0, |window| (position + 1).saturating_sub(window));
     let low = oldest(span.past + tile.first);
     let keys = last - low;
-        let q_at = (span.first + tile.first) * config.q_dim() + tile.head * dim;
-    let queries = MatRef::from_row_major_slice_with_stride(&q[q_at..], tile.len, dim, config.q_dim());
+    let q_at = (span.first + tile.first) * config.q_dim() + tile.head * dim;
+    let queries =
+        MatRef::from_row_major_slice_with_stride(&q[q_at..], tile.len, dim, config.q_dim());
 
     let mut scores = vec![0.0; tile.len * keys];
-    let k = MatRef::from_row_major_slice_with_stride(&span.keys[low * kv_dim + kv_offset..], keys, dim, kv_dim);
+    let k = MatRef::from_row_major_slice_with_stride(
+        &span.keys[low * kv_dim + kv_offset..],
+        keys,
+        dim,
+        kv_dim,
+    );
     let scale = 1.0 / (dim as f32).sqrt();
-    matmul_view(MatMut::from_row_major_slice_mut(&mut scores, tile.len, keys), queries, k.transpose(), scale);
+    matmul_view(
+        MatMut::from_row_major_slice_mut(&mut scores, tile.len, keys),
+        queries,
+        k.transpose(),
+        scale,
+    );
     for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
         let position = span.past + tile.first + row;
         softmax_between(scores, oldest(position) - low, position + 1 - low);
     }
     let mut out = vec![0.0; tile.len * dim];
-    let v = MatRef::from_row_major_slice_with_stride(&span.values[low * kv_dim + kv_offset..], keys, dim, kv_dim);
+    let v = MatRef::from_row_major_slice_with_stride(
+        &span.values[low * kv_dim + kv_offset..],
+        keys,
+        dim,
+        kv_dim,
+    );
     let scores = MatRef::from_row_major_slice(&scores, tile.len, keys);
-    matmul_view(MatMut::from_row_major_slice_mut(&mut out, tile.len, dim), scores, v, 1.0);
+    matmul_view(
+        MatMut::from_row_major_slice_mut(&mut out, tile.len, dim),
+        scores,
+        v,
+        1.0,
+    );
     out
 }
 

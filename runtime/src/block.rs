@@ -62,17 +62,44 @@ pub(crate) struct Rows {
 }
 
 impl<'m> Block<'m> {
-    pub(crate) fn load(model: &'m Model, config: &'m ModelConfig, rope: &'m Rope, index: usize) -> Result<Self, RuntimeError> {
+    pub(crate) fn load(
+        model: &'m Model,
+        config: &'m ModelConfig,
+        rope: &'m Rope,
+        index: usize,
+    ) -> Result<Self, RuntimeError> {
         let vector = |rest: &str| load_vector(model, &block_tensor(index, rest));
         let [attention, mlp] = Sublayer::ALL.map(|sublayer| vector(sublayer.norm_name()));
-        let qk_norms = if config.qk_norm { Some([vector(QK_NORMS[0])?, vector(QK_NORMS[1])?]) } else { None };
+        let qk_norms = if config.qk_norm {
+            Some([vector(QK_NORMS[0])?, vector(QK_NORMS[1])?])
+        } else {
+            None
+        };
         let mut linears = Vec::with_capacity(LinearKind::ALL.len());
         for kind in LinearKind::ALL {
-            let bias = kind.has_bias(config).then(|| load_vector(model, &bias_name(index, kind))).transpose()?;
-            linears.push(load_linear(model, weight_name(index, kind), kind.shape(config), bias)?);
+            let bias = kind
+                .has_bias(config)
+                .then(|| load_vector(model, &bias_name(index, kind)))
+                .transpose()?;
+            linears.push(load_linear(
+                model,
+                weight_name(index, kind),
+                kind.shape(config),
+                bias,
+            )?);
         }
-        let linears = linears.try_into().ok().expect("one linear for each of the seven kinds");
-        Ok(Self { index, norms: [attention?, mlp?], linears, qk_norms, config, rope })
+        let linears = linears
+            .try_into()
+            .ok()
+            .expect("one linear for each of the seven kinds");
+        Ok(Self {
+            index,
+            norms: [attention?, mlp?],
+            linears,
+            qk_norms,
+            config,
+            rope,
+        })
     }
 
     /// The linear of one kind.
@@ -99,7 +126,8 @@ impl<'m> Block<'m> {
 
     /// What the sublayer adds to the stream.
     pub fn outer(&self, sublayer: Sublayer, mixed: &[f32]) -> Vec<f32> {
-        self.linear(LinearKind::at(sublayer, Side::Outer)[0]).apply(mixed)
+        self.linear(LinearKind::at(sublayer, Side::Outer)[0])
+            .apply(mixed)
     }
 
     /// The whole block: `x` is changed in place.
@@ -111,13 +139,22 @@ impl<'m> Block<'m> {
         }
     }
 
-    fn mixed_rows(&self, sublayer: Sublayer, normed: &[f32], rows: &[Rows], caches: Option<&mut [KvCache]>) -> Vec<f32> {
+    fn mixed_rows(
+        &self,
+        sublayer: Sublayer,
+        normed: &[f32],
+        rows: &[Rows],
+        caches: Option<&mut [KvCache]>,
+    ) -> Vec<f32> {
         match sublayer {
             Sublayer::Attention => self.attention(normed, rows, caches),
             Sublayer::Mlp => {
                 let mut gate = self.linear(LinearKind::Gate).apply(normed);
                 let up = self.linear(LinearKind::Up).apply(normed);
-                gate.par_iter_mut().zip(&up).with_min_len(4096).for_each(|(gate, up)| *gate = silu(*gate) * up);
+                gate.par_iter_mut()
+                    .zip(&up)
+                    .with_min_len(4096)
+                    .for_each(|(gate, up)| *gate = silu(*gate) * up);
                 gate
             }
         }
@@ -131,7 +168,10 @@ impl<'m> Block<'m> {
             q = rms_norm(&q, q_norm, self.config.rms_norm_eps);
             k = rms_norm(&k, k_norm, self.config.rms_norm_eps);
         }
-        let positions: Vec<usize> = rows.iter().flat_map(|rows| rows.past..rows.past + rows.len).collect();
+        let positions: Vec<usize> = rows
+            .iter()
+            .flat_map(|rows| rows.past..rows.past + rows.len)
+            .collect();
         self.rope.turn(&mut q, &positions);
         self.rope.turn(&mut k, &positions);
         let kv_dim = self.config.kv_dim();
@@ -156,10 +196,21 @@ impl<'m> Block<'m> {
                     Some(cache) => (cache.keys.as_slice(), cache.values.as_slice()),
                     None => (&k[own(&k, rows)], &v[own(&v, rows)]),
                 };
-                Span { first: rows.first, len: rows.len, past: rows.past, keys, values }
+                Span {
+                    first: rows.first,
+                    len: rows.len,
+                    past: rows.past,
+                    keys,
+                    values,
+                }
             })
             .collect();
-        attend(self.config, &q, &spans, self.config.sliding_window[self.index])
+        attend(
+            self.config,
+            &q,
+            &spans,
+            self.config.sliding_window[self.index],
+        )
     }
 }
 
@@ -167,15 +218,27 @@ impl<'m> Block<'m> {
 pub(crate) fn windows(tokens: usize, window_tokens: usize) -> Vec<Rows> {
     (0..tokens)
         .step_by(window_tokens)
-        .map(|first| Rows { first, len: window_tokens.min(tokens - first), past: 0 })
+        .map(|first| Rows {
+            first,
+            len: window_tokens.min(tokens - first),
+            past: 0,
+        })
         .collect()
 }
 
 /// A vector of the model (a norm or a bias) in f32.
 pub(crate) fn load_vector(model: &Model, name: &str) -> Result<Vec<f32>, RuntimeError> {
-    let weight = model.weight(name).ok_or_else(|| RuntimeError::MissingTensor { tensor: name.into(), expected: vec![] })?;
+    let weight = model
+        .weight(name)
+        .ok_or_else(|| RuntimeError::MissingTensor {
+            tensor: name.into(),
+            expected: vec![],
+        })?;
     let qbin_format::Weight::Dense(view) = weight else {
-        return Err(RuntimeError::Dtype { tensor: name.into(), got: "quantized codes".into() });
+        return Err(RuntimeError::Dtype {
+            tensor: name.into(),
+            got: "quantized codes".into(),
+        });
     };
     let values = view.to_f32();
     check_finite(name, &values)?;
@@ -183,27 +246,49 @@ pub(crate) fn load_vector(model: &Model, name: &str) -> Result<Vec<f32>, Runtime
 }
 
 /// A linear whose weight stays in the file.
-pub(crate) fn load_linear<'m>(model: &'m Model, name: String, [rows, cols]: [usize; 2], bias: Option<Vec<f32>>) -> Result<Linear<'m>, RuntimeError> {
-    let weight = model.weight(&name).ok_or_else(|| RuntimeError::MissingTensor { tensor: name.clone(), expected: vec![rows, cols] })?;
-    Ok(Linear { name, rows, cols, weight: Matrix::Stored(weight), bias })
+pub(crate) fn load_linear<'m>(
+    model: &'m Model,
+    name: String,
+    [rows, cols]: [usize; 2],
+    bias: Option<Vec<f32>>,
+) -> Result<Linear<'m>, RuntimeError> {
+    let weight = model
+        .weight(&name)
+        .ok_or_else(|| RuntimeError::MissingTensor {
+            tensor: name.clone(),
+            expected: vec![rows, cols],
+        })?;
+    Ok(Linear {
+        name,
+        rows,
+        cols,
+        weight: Matrix::Stored(weight),
+        bias,
+    })
 }
 
 /// Root-mean-square norm over rows as wide as `weight`: `x / sqrt(mean(x²) + eps) · weight`.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
     let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(32).for_each(|(out, x)| {
-        let mean = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
-        let scale = 1.0 / (mean + eps).sqrt();
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
-        }
-    });
+    out.par_chunks_mut(width)
+        .zip(x.par_chunks(width))
+        .with_min_len(32)
+        .for_each(|(out, x)| {
+            let mean = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
+            let scale = 1.0 / (mean + eps).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * weight;
+            }
+        });
     out
 }
 
 pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    x.par_iter_mut().zip(y).with_min_len(4096).for_each(|(x, y)| *x += y);
+    x.par_iter_mut()
+        .zip(y)
+        .with_min_len(4096)
+        .for_each(|(x, y)| *x += y);
 }
 
 fn silu(x: f32) -> f32 {

@@ -140,7 +140,11 @@ struct Keys<'a> {
 
 impl<'a> Keys<'a> {
     fn new(map: &'a Map<String, Value>, prefix: &'static str) -> Self {
-        Self { map, prefix, read: RefCell::default() }
+        Self {
+            map,
+            prefix,
+            read: RefCell::default(),
+        }
     }
 
     /// The value of `key`; JSON null counts as absent, as in transformers.
@@ -159,7 +163,9 @@ impl<'a> Keys<'a> {
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>, RuntimeError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         // Above 2^31 a product of two sizes could overflow; no model comes near.
         match value.as_u64() {
             Some(size) if (1..1 << 31).contains(&size) => Ok(Some(size as usize)),
@@ -168,11 +174,14 @@ impl<'a> Keys<'a> {
     }
 
     fn need_size(&self, key: &str) -> Result<usize, RuntimeError> {
-        self.size(key)?.ok_or_else(|| self.wrong(key, &Value::Null, "an integer: the key is missing"))
+        self.size(key)?
+            .ok_or_else(|| self.wrong(key, &Value::Null, "an integer: the key is missing"))
     }
 
     fn positive(&self, key: &str) -> Result<Option<f64>, RuntimeError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         match value.as_f64() {
             Some(number) if number > 0.0 && number.is_finite() => Ok(Some(number)),
             _ => Err(self.wrong(key, value, "a positive number")),
@@ -180,27 +189,50 @@ impl<'a> Keys<'a> {
     }
 
     fn need_positive(&self, key: &str) -> Result<f64, RuntimeError> {
-        self.positive(key)?.ok_or_else(|| self.wrong(key, &Value::Null, "a number: the key is missing"))
+        self.positive(key)?
+            .ok_or_else(|| self.wrong(key, &Value::Null, "a number: the key is missing"))
     }
 
     fn flag(&self, key: &str) -> Result<bool, RuntimeError> {
-        let Some(value) = self.get(key) else { return Ok(false) };
-        value.as_bool().ok_or_else(|| self.wrong(key, value, "true or false"))
+        let Some(value) = self.get(key) else {
+            return Ok(false);
+        };
+        value
+            .as_bool()
+            .ok_or_else(|| self.wrong(key, value, "true or false"))
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, RuntimeError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.wrong(key, value, "a string"))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        value
+            .as_str()
+            .map(Some)
+            .ok_or_else(|| self.wrong(key, value, "a string"))
     }
 
     fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, RuntimeError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_object().map(Some).ok_or_else(|| self.wrong(key, value, "an object"))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        value
+            .as_object()
+            .map(Some)
+            .ok_or_else(|| self.wrong(key, value, "an object"))
     }
 
-    fn refuse_unread(&self, no_effect: &[&str], architecture: Architecture) -> Result<(), RuntimeError> {
+    fn refuse_unread(
+        &self,
+        no_effect: &[&str],
+        architecture: Architecture,
+    ) -> Result<(), RuntimeError> {
         let read = self.read.borrow();
-        match self.map.iter().find(|(key, _)| !read.contains(key.as_str()) && !no_effect.contains(&key.as_str())) {
+        match self
+            .map
+            .iter()
+            .find(|(key, _)| !read.contains(key.as_str()) && !no_effect.contains(&key.as_str()))
+        {
             None => Ok(()),
             Some((key, value)) => Err(RuntimeError::UnknownConfigKey {
                 key: format!("{}{key}", self.prefix),
@@ -245,7 +277,10 @@ impl ModelConfig {
 
 fn architecture(keys: &Keys<'_>) -> Result<Architecture, RuntimeError> {
     let model_type = keys.text("model_type")?;
-    let class = keys.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    let class = keys
+        .get("architectures")
+        .and_then(|list| list.get(0))
+        .and_then(Value::as_str);
     let from_type = match model_type {
         Some("llama") => Some("LlamaForCausalLM"),
         Some("mistral") => Some("MistralForCausalLM"),
@@ -254,17 +289,24 @@ fn architecture(keys: &Keys<'_>) -> Result<Architecture, RuntimeError> {
         _ => None,
     };
     let name = class.or(from_type);
-    Architecture::ALL.into_iter().find(|known| name == Some(known.name())).ok_or_else(|| {
-        RuntimeError::UnknownArchitecture {
+    Architecture::ALL
+        .into_iter()
+        .find(|known| name == Some(known.name()))
+        .ok_or_else(|| RuntimeError::UnknownArchitecture {
             got: class.or(model_type).unwrap_or("(none given)").into(),
-            supported: Architecture::ALL.map(|known| format!("`{}`", known.name())).join(", "),
-        }
-    })
+            supported: Architecture::ALL
+                .map(|known| format!("`{}`", known.name()))
+                .join(", "),
+        })
 }
 
 fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, RuntimeError> {
     if let Some(value) = keys.get("quantization_config") {
-        return Err(keys.wrong("quantization_config", value, "an unquantized checkpoint: start from the original weights"));
+        return Err(keys.wrong(
+            "quantization_config",
+            value,
+            "an unquantized checkpoint: start from the original weights",
+        ));
     }
     match keys.text("hidden_act")? {
         None | Some("silu" | "swish") => {}
@@ -283,7 +325,11 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
         },
     };
     if !num_heads.is_multiple_of(num_kv_heads) {
-        return Err(keys.wrong("num_key_value_heads", &num_kv_heads.into(), &format!("a divisor of `num_attention_heads` = {num_heads}")));
+        return Err(keys.wrong(
+            "num_key_value_heads",
+            &num_kv_heads.into(),
+            &format!("a divisor of `num_attention_heads` = {num_heads}"),
+        ));
     }
     let head_dim = match keys.size("head_dim")? {
         Some(dim) => dim,
@@ -291,7 +337,11 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
         None => hidden_size / num_heads,
     };
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
-        return Err(keys.wrong("head_dim", &head_dim.into(), "an even number: rotary positions turn pairs of channels"));
+        return Err(keys.wrong(
+            "head_dim",
+            &head_dim.into(),
+            "an even number: rotary positions turn pairs of channels",
+        ));
     }
     let attention_bias = keys.flag("attention_bias")?;
     let qwen2 = architecture == Architecture::Qwen2;
@@ -316,7 +366,10 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
         mlp_bias: keys.flag("mlp_bias")?,
         qk_norm: architecture == Architecture::Qwen3,
         sliding_window: sliding_windows(keys, architecture, num_blocks)?,
-        bos_token_id: keys.get("bos_token_id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok()),
+        bos_token_id: keys
+            .get("bos_token_id")
+            .and_then(Value::as_u64)
+            .and_then(|id| u32::try_from(id).ok()),
     })
 }
 
@@ -326,10 +379,25 @@ fn rope(keys: &Keys<'_>, architecture: Architecture) -> Result<(f64, RopeScaling
     let top_theta = keys.positive("rope_theta")?;
     let old = keys.object("rope_scaling")?;
     let new = keys.object("rope_parameters")?;
-    let Some(map) = new.or(old) else { return Ok((top_theta.unwrap_or(10_000.0), RopeScaling::None)) };
-    let keys = Keys::new(map, if new.is_some() { "rope_parameters." } else { "rope_scaling." });
-    let theta = keys.positive("rope_theta")?.or(top_theta).unwrap_or(10_000.0);
-    if let Some(value) = keys.get("partial_rotary_factor").filter(|value| value.as_f64() != Some(1.0)) {
+    let Some(map) = new.or(old) else {
+        return Ok((top_theta.unwrap_or(10_000.0), RopeScaling::None));
+    };
+    let keys = Keys::new(
+        map,
+        if new.is_some() {
+            "rope_parameters."
+        } else {
+            "rope_scaling."
+        },
+    );
+    let theta = keys
+        .positive("rope_theta")?
+        .or(top_theta)
+        .unwrap_or(10_000.0);
+    if let Some(value) = keys
+        .get("partial_rotary_factor")
+        .filter(|value| value.as_f64() != Some(1.0))
+    {
         return Err(keys.wrong("partial_rotary_factor", value, "1"));
     }
     // `type` is the oldest spelling; both may stand there.
@@ -337,21 +405,33 @@ fn rope(keys: &Keys<'_>, architecture: Architecture) -> Result<(f64, RopeScaling
     let kind = keys.text("rope_type")?.or(old_kind);
     let scaling = match kind {
         None | Some("default") => RopeScaling::None,
-        Some("linear") => RopeScaling::Linear { factor: keys.need_positive("factor")? },
+        Some("linear") => RopeScaling::Linear {
+            factor: keys.need_positive("factor")?,
+        },
         Some("llama3") => RopeScaling::Llama3 {
             factor: keys.need_positive("factor")?,
             low_freq_factor: keys.need_positive("low_freq_factor")?,
             high_freq_factor: keys.need_positive("high_freq_factor")?,
             original_max_positions: keys.need_positive("original_max_position_embeddings")?,
         },
-        Some(other) => return Err(keys.wrong("rope_type", &other.into(), "`default`, `linear` or `llama3`")),
+        Some(other) => {
+            return Err(keys.wrong(
+                "rope_type",
+                &other.into(),
+                "`default`, `linear` or `llama3`",
+            ));
+        }
     };
     keys.refuse_unread(&[], architecture)?;
     Ok((theta, scaling))
 }
 
 /// The attention window of every block.
-fn sliding_windows(keys: &Keys<'_>, architecture: Architecture, num_blocks: usize) -> Result<Vec<Option<usize>>, RuntimeError> {
+fn sliding_windows(
+    keys: &Keys<'_>,
+    architecture: Architecture,
+    num_blocks: usize,
+) -> Result<Vec<Option<usize>>, RuntimeError> {
     let window = keys.size("sliding_window")?;
     let first = keys.get("max_window_layers");
     let used = match architecture {
@@ -361,22 +441,41 @@ fn sliding_windows(keys: &Keys<'_>, architecture: Architecture, num_blocks: usiz
         Architecture::Llama => {
             return match window {
                 None => Ok(vec![None; num_blocks]),
-                Some(window) => Err(keys.wrong("sliding_window", &window.into(), "null: this architecture has none")),
+                Some(window) => Err(keys.wrong(
+                    "sliding_window",
+                    &window.into(),
+                    "null: this architecture has none",
+                )),
             };
         }
     };
     let window = window.filter(|_| used);
     let Some(types) = keys.get("layer_types") else {
-        let first = first.and_then(Value::as_u64).filter(|_| architecture != Architecture::Mistral).unwrap_or(0) as usize;
-        return Ok((0..num_blocks).map(|block| window.filter(|_| block >= first)).collect());
+        let first = first
+            .and_then(Value::as_u64)
+            .filter(|_| architecture != Architecture::Mistral)
+            .unwrap_or(0) as usize;
+        return Ok((0..num_blocks)
+            .map(|block| window.filter(|_| block >= first))
+            .collect());
     };
     let list = types.as_array().filter(|list| list.len() == num_blocks);
-    let list = list.ok_or_else(|| keys.wrong("layer_types", types, &format!("a list of {num_blocks} strings, one a block")))?;
+    let list = list.ok_or_else(|| {
+        keys.wrong(
+            "layer_types",
+            types,
+            &format!("a list of {num_blocks} strings, one a block"),
+        )
+    })?;
     list.iter()
         .map(|kind| match kind.as_str() {
             Some("full_attention") => Ok(None),
             Some("sliding_attention") if window.is_some() => Ok(window),
-            _ => Err(keys.wrong("layer_types", kind, "`full_attention`, or `sliding_attention` with a `sliding_window`")),
+            _ => Err(keys.wrong(
+                "layer_types",
+                kind,
+                "`full_attention`, or `sliding_attention` with a `sliding_window`",
+            )),
         })
         .collect()
 }
@@ -402,7 +501,10 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_config_classes() {
         let llama = with("{}").expect("valid");
-        assert_eq!((llama.head_dim, llama.num_kv_heads, llama.rope_theta), (16, 2, 10_000.0));
+        assert_eq!(
+            (llama.head_dim, llama.num_kv_heads, llama.rope_theta),
+            (16, 2, 10_000.0)
+        );
         assert!(!llama.tie_word_embeddings && !llama.qkv_bias && !llama.qk_norm);
         let qwen = with(r#"{"model_type":"qwen3","num_key_value_heads":4}"#).expect("valid");
         assert!(qwen.qk_norm && qwen.head_dim == 128);
@@ -413,10 +515,19 @@ mod tests {
     #[test]
     fn both_spellings_of_rope_scaling_agree() {
         let inner = r#""rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64"#;
-        let old = with(&format!(r#"{{"rope_theta":500000.0,"rope_scaling":{{{inner}}}}}"#)).expect("valid");
-        let new = with(&format!(r#"{{"rope_parameters":{{"rope_theta":500000.0,{inner}}}}}"#)).expect("valid");
+        let old = with(&format!(
+            r#"{{"rope_theta":500000.0,"rope_scaling":{{{inner}}}}}"#
+        ))
+        .expect("valid");
+        let new = with(&format!(
+            r#"{{"rope_parameters":{{"rope_theta":500000.0,{inner}}}}}"#
+        ))
+        .expect("valid");
         assert_eq!(old, new);
-        assert!(matches!(old.rope_scaling, RopeScaling::Llama3 { factor: 8.0, .. }));
+        assert!(matches!(
+            old.rope_scaling,
+            RopeScaling::Llama3 { factor: 8.0, .. }
+        ));
     }
 
     #[test]
@@ -434,7 +545,10 @@ mod tests {
         assert!(message(r#"{"attn_logit_softcapping":50.0}"#).contains("attn_logit_softcapping"));
         assert!(message(r#"{"architectures":["MambaForCausalLM"]}"#).contains("MambaForCausalLM"));
         assert!(message(r#"{"rope_scaling":{"rope_type":"yarn","factor":4.0}}"#).contains("yarn"));
-        assert!(message(r#"{"rope_scaling":{"rope_type":"linear","factor":4.0,"beta":1}}"#).contains("rope_scaling.beta"));
+        assert!(
+            message(r#"{"rope_scaling":{"rope_type":"linear","factor":4.0,"beta":1}}"#)
+                .contains("rope_scaling.beta")
+        );
         assert!(message(r#"{"hidden_act":"gelu"}"#).contains("gelu"));
         assert!(message(r#"{"num_key_value_heads":3}"#).contains("num_key_value_heads"));
         assert!(message(r#"{"hidden_size":0}"#).contains("hidden_size"));

@@ -22,11 +22,17 @@ impl<'m> Parts<'m> {
     /// # Errors
     /// A missing or unusable `config.json`, or a tensor that does not fit it.
     pub fn new(model: &'m Model) -> Result<Self, RuntimeError> {
-        let text = model.file("config.json").ok_or(RuntimeError::MissingFile("config.json"))?;
+        let text = model
+            .file("config.json")
+            .ok_or(RuntimeError::MissingFile("config.json"))?;
         let config = ModelConfig::from_json(text)?;
         spec::account(&config, model)?;
         let rope = Rope::new(&config);
-        Ok(Self { model, config, rope })
+        Ok(Self {
+            model,
+            config,
+            rope,
+        })
     }
 
     /// Block `index`, its linears still in the file.
@@ -43,7 +49,10 @@ impl<'m> Parts<'m> {
     /// An id outside the vocabulary, or an embedding row that is not finite.
     pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, RuntimeError> {
         let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let table: Weight<'_> = self.model.weight(EMBEDDING).expect("accounted for in `new`");
+        let table: Weight<'_> = self
+            .model
+            .weight(EMBEDDING)
+            .expect("accounted for in `new`");
         let mut out = vec![0.0; tokens.len() * hidden];
         for (&id, out) in tokens.iter().zip(out.chunks_exact_mut(hidden)) {
             let row = id as usize;
@@ -52,7 +61,11 @@ impl<'m> Parts<'m> {
             }
             table.read_rows_f32(row..row + 1, out);
             if let Some(channel) = out.iter().position(|value| !value.is_finite()) {
-                return Err(RuntimeError::NonFinite { tensor: EMBEDDING.into(), index: row * hidden + channel, value: out[channel] });
+                return Err(RuntimeError::NonFinite {
+                    tensor: EMBEDDING.into(),
+                    index: row * hidden + channel,
+                    value: out[channel],
+                });
             }
         }
         Ok(out)
@@ -74,13 +87,26 @@ impl<'m> Decoder<'m> {
     /// A norm or bias that is not finite.
     pub fn new(parts: &'m Parts<'m>) -> Result<Self, RuntimeError> {
         let config = &parts.config;
-        let blocks = (0..config.num_blocks).map(|index| parts.block(index)).collect::<Result<_, _>>()?;
+        let blocks = (0..config.num_blocks)
+            .map(|index| parts.block(index))
+            .collect::<Result<_, _>>()?;
         let norm = load_vector(parts.model, FINAL_NORM)?;
         // A tied head may still have been given a (quantized) copy of its own.
-        let tied = config.tie_word_embeddings && !(matches!(parts.model, Model::Artifact(_)) && parts.model.weight(HEAD).is_some());
+        let tied = config.tie_word_embeddings
+            && !(matches!(parts.model, Model::Artifact(_)) && parts.model.weight(HEAD).is_some());
         let name = if tied { EMBEDDING } else { HEAD };
-        let head = load_linear(parts.model, name.into(), [config.vocab_size, config.hidden_size], None)?;
-        Ok(Self { parts, blocks, norm, head })
+        let head = load_linear(
+            parts.model,
+            name.into(),
+            [config.vocab_size, config.hidden_size],
+            None,
+        )?;
+        Ok(Self {
+            parts,
+            blocks,
+            norm,
+            head,
+        })
     }
 
     /// The model's shape.
@@ -102,7 +128,11 @@ impl<'m> Decoder<'m> {
     ///
     /// # Panics
     /// If there are caches, but not one for each sequence.
-    pub fn forward(&self, sequences: &[&[u32]], caches: Option<&mut [KvCache]>) -> Result<Vec<f32>, RuntimeError> {
+    pub fn forward(
+        &self,
+        sequences: &[&[u32]],
+        caches: Option<&mut [KvCache]>,
+    ) -> Result<Vec<f32>, RuntimeError> {
         let past: Vec<usize> = match &caches {
             Some(caches) => {
                 assert_eq!(caches.len(), sequences.len(), "one cache for each sequence");
@@ -113,7 +143,11 @@ impl<'m> Decoder<'m> {
         let mut rows = Vec::with_capacity(sequences.len());
         let mut first = 0;
         for (tokens, past) in sequences.iter().zip(past) {
-            rows.push(Rows { first, len: tokens.len(), past });
+            rows.push(Rows {
+                first,
+                len: tokens.len(),
+                past,
+            });
             first += tokens.len();
         }
         let mut x = self.parts.embed(&sequences.concat())?;
@@ -121,7 +155,11 @@ impl<'m> Decoder<'m> {
         for block in &self.blocks {
             block.forward(&mut x, &rows, caches.as_deref_mut());
         }
-        finite(&x, self.blocks.len().saturating_sub(1), self.config().hidden_size)?;
+        finite(
+            &x,
+            self.blocks.len().saturating_sub(1),
+            self.config().hidden_size,
+        )?;
         Ok(rms_norm(&x, &self.norm, self.config().rms_norm_eps))
     }
 
@@ -135,6 +173,10 @@ impl<'m> Decoder<'m> {
 pub(crate) fn finite(x: &[f32], block: usize, hidden: usize) -> Result<(), RuntimeError> {
     match x.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
-        Some(at) => Err(RuntimeError::NonFiniteActivation { block, token: at / hidden, channel: at % hidden }),
+        Some(at) => Err(RuntimeError::NonFiniteActivation {
+            block,
+            token: at / hidden,
+            channel: at % hidden,
+        }),
     }
 }

@@ -29,7 +29,9 @@ pub enum RuntimeError {
         supported: String,
     },
     /// A key of `config.json` that nothing here reads, so that the model might mean something else.
-    #[error("`config.json`: key `{key}` (value `{value}`) is not known for `{architecture}`: it may change what the model computes")]
+    #[error(
+        "`config.json`: key `{key}` (value `{value}`) is not known for `{architecture}`: it may change what the model computes"
+    )]
     UnknownConfigKey {
         /// The key.
         key: String,
@@ -65,7 +67,9 @@ pub enum RuntimeError {
         got: String,
     },
     /// A tensor that no part of the model reads.
-    #[error("tensor `{tensor}` (shape {shape:?}) belongs to no part of a `{architecture}` model: it would be lost silently")]
+    #[error(
+        "tensor `{tensor}` (shape {shape:?}) belongs to no part of a `{architecture}` model: it would be lost silently"
+    )]
     UnknownTensor {
         /// The tensor's name.
         tensor: String,
@@ -85,7 +89,9 @@ pub enum RuntimeError {
         value: f32,
     },
     /// An activation became NaN or infinite.
-    #[error("block {block}: activations are not finite at token {token}, channel {channel} of the batch: the model overflows in f32 or its weights are damaged")]
+    #[error(
+        "block {block}: activations are not finite at token {token}, channel {channel} of the batch: the model overflows in f32 or its weights are damaged"
+    )]
     NonFiniteActivation {
         /// Decoder block.
         block: usize,
@@ -95,7 +101,9 @@ pub enum RuntimeError {
         channel: usize,
     },
     /// A token id the embedding has no row for.
-    #[error("token id {id} is outside the vocabulary of {vocab} entries: tokenizer and model do not belong together")]
+    #[error(
+        "token id {id} is outside the vocabulary of {vocab} entries: tokenizer and model do not belong together"
+    )]
     TokenOutOfRange {
         /// The id.
         id: u32,
@@ -103,7 +111,9 @@ pub enum RuntimeError {
         vocab: usize,
     },
     /// Two models that cannot be compared.
-    #[error("vocabularies differ: {left} entries in the base, {right} in the model compared with it")]
+    #[error(
+        "vocabularies differ: {left} entries in the base, {right} in the model compared with it"
+    )]
     VocabularyMismatch {
         /// Base vocabulary.
         left: usize,
@@ -111,7 +121,9 @@ pub enum RuntimeError {
         right: usize,
     },
     /// A text too short for the protocol.
-    #[error("{got} tokens, but protocol `{protocol}` needs at least {need}: give a longer text or a protocol with shorter windows")]
+    #[error(
+        "{got} tokens, but protocol `{protocol}` needs at least {need}: give a longer text or a protocol with shorter windows"
+    )]
     TooFewTokens {
         /// Tokens there.
         got: usize,
@@ -121,7 +133,9 @@ pub enum RuntimeError {
         protocol: String,
     },
     /// More windows were asked for than the text holds.
-    #[error("asked for {asked} windows of protocol `{protocol}`, but the text holds {there}: give a longer text or ask for fewer windows")]
+    #[error(
+        "asked for {asked} windows of protocol `{protocol}`, but the text holds {there}: give a longer text or ask for fewer windows"
+    )]
     TooFewWindows {
         /// Windows asked for.
         asked: usize,
@@ -131,7 +145,9 @@ pub enum RuntimeError {
         protocol: String,
     },
     /// A protocol id that is not known.
-    #[error("unknown protocol `{0}`, expected `gptq-N` or `llamacpp-N` with N = tokens per window, for example `gptq-2048`")]
+    #[error(
+        "unknown protocol `{0}`, expected `gptq-N` or `llamacpp-N` with N = tokens per window, for example `gptq-2048`"
+    )]
     UnknownProtocol(String),
     /// A sampling parameter out of its range.
     #[error("sampling: {name} is {got}, expected {expected}")]
@@ -158,12 +174,14 @@ impl RuntimeError {
             Self::UnknownTensor { .. } => {
                 Some("remove the tensor from the checkpoint if the model does not need it".into())
             }
-            Self::NonFinite { .. } => {
-                Some("the checkpoint is damaged or was saved from a diverged run: download it again".into())
-            }
-            Self::MissingTensor { .. } => {
-                Some("check that every shard is there and that `config.json` belongs to these weights".into())
-            }
+            Self::NonFinite { .. } => Some(
+                "the checkpoint is damaged or was saved from a diverged run: download it again"
+                    .into(),
+            ),
+            Self::MissingTensor { .. } => Some(
+                "check that every shard is there and that `config.json` belongs to these weights"
+                    .into(),
+            ),
             _ => None,
         }
     }

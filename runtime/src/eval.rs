@@ -32,11 +32,27 @@ impl Protocol {
     pub fn parse(id: &str) -> Result<Self, RuntimeError> {
         let unknown = || RuntimeError::UnknownProtocol(id.into());
         let (kind, window) = id.rsplit_once('-').ok_or_else(unknown)?;
-        let window: usize = window.parse().ok().filter(|n| (2..=1 << 20).contains(n)).ok_or_else(unknown)?;
+        let window: usize = window
+            .parse()
+            .ok()
+            .filter(|n| (2..=1 << 20).contains(n))
+            .ok_or_else(unknown)?;
         let id = id.to_string();
         match kind {
-            "gptq" => Ok(Self { id, window, first_scored: 1, needs: window, bos: false }),
-            "llamacpp" if window >= 4 => Ok(Self { id, window, first_scored: window / 2 + 1, needs: 2 * window, bos: true }),
+            "gptq" => Ok(Self {
+                id,
+                window,
+                first_scored: 1,
+                needs: window,
+                bos: false,
+            }),
+            "llamacpp" if window >= 4 => Ok(Self {
+                id,
+                window,
+                first_scored: window / 2 + 1,
+                needs: 2 * window,
+                bos: true,
+            }),
             _ => Err(unknown()),
         }
     }
@@ -50,16 +66,33 @@ impl Protocol {
     ///
     /// # Errors
     /// A text too short, or fewer windows than asked for.
-    pub fn windows(&self, tokens: &[u32], limit: Option<usize>, bos: Option<u32>) -> Result<Vec<Vec<u32>>, RuntimeError> {
+    pub fn windows(
+        &self,
+        tokens: &[u32],
+        limit: Option<usize>,
+        bos: Option<u32>,
+    ) -> Result<Vec<Vec<u32>>, RuntimeError> {
         if tokens.len() < self.needs {
-            return Err(RuntimeError::TooFewTokens { got: tokens.len(), need: self.needs, protocol: self.id.clone() });
+            return Err(RuntimeError::TooFewTokens {
+                got: tokens.len(),
+                need: self.needs,
+                protocol: self.id.clone(),
+            });
         }
         let there = tokens.len() / self.window;
         let asked = limit.unwrap_or(there);
         if asked > there || asked == 0 {
-            return Err(RuntimeError::TooFewWindows { asked, there, protocol: self.id.clone() });
+            return Err(RuntimeError::TooFewWindows {
+                asked,
+                there,
+                protocol: self.id.clone(),
+            });
         }
-        let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(self.window).take(asked).map(<[u32]>::to_vec).collect();
+        let mut windows: Vec<Vec<u32>> = tokens
+            .chunks_exact(self.window)
+            .take(asked)
+            .map(<[u32]>::to_vec)
+            .collect();
         if let (true, Some(bos)) = (self.bos, bos) {
             windows.iter_mut().for_each(|window| window[0] = bos);
         }
@@ -79,11 +112,17 @@ pub struct Mean {
 impl Mean {
     /// Of values that come in windows of `per_window`, all equally long.
     fn of(values: &[f64], per_window: usize) -> Self {
-        let means: Vec<f64> = values.chunks_exact(per_window).map(|window| window.iter().sum::<f64>() / per_window as f64).collect();
+        let means: Vec<f64> = values
+            .chunks_exact(per_window)
+            .map(|window| window.iter().sum::<f64>() / per_window as f64)
+            .collect();
         let n = means.len() as f64;
         let value = means.iter().sum::<f64>() / n;
         let variance = means.iter().map(|mean| (mean - value).powi(2)).sum::<f64>() / (n - 1.0);
-        Self { value, error: (means.len() > 1).then(|| (variance / n).sqrt()) }
+        Self {
+            value,
+            error: (means.len() > 1).then(|| (variance / n).sqrt()),
+        }
     }
 }
 
@@ -173,8 +212,17 @@ impl Percentiles {
     fn of(values: &[f64]) -> Self {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let at = |share: f64| sorted[((share * sorted.len() as f64).ceil() as usize).clamp(1, sorted.len()) - 1];
-        Self { p50: at(0.5), p90: at(0.9), p95: at(0.95), p99: at(0.99), p99_9: at(0.999), max: at(1.0) }
+        let at = |share: f64| {
+            sorted[((share * sorted.len() as f64).ceil() as usize).clamp(1, sorted.len()) - 1]
+        };
+        Self {
+            p50: at(0.5),
+            p90: at(0.9),
+            p95: at(0.95),
+            p99: at(0.99),
+            p99_9: at(0.999),
+            max: at(1.0),
+        }
     }
 }
 
@@ -191,8 +239,15 @@ pub fn perplexity(
     windows: &[Vec<u32>],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, RuntimeError> {
-    let rows = score(&[decoder], protocol, windows, progress, |logits, target| -log_softmax(logits[0])[target])?;
-    Ok(Perplexity::of(protocol, windows.len(), Mean::of(&rows, rows.len() / windows.len()), rows.len()))
+    let rows = score(&[decoder], protocol, windows, progress, |logits, target| {
+        -log_softmax(logits[0])[target]
+    })?;
+    Ok(Perplexity::of(
+        protocol,
+        windows.len(),
+        Mean::of(&rows, rows.len() / windows.len()),
+        rows.len(),
+    ))
 }
 
 /// Compares a model with a base on the same windows, in lock step. `progress(done, total)` counts windows.
@@ -213,7 +268,13 @@ pub fn compare(
     if left != right {
         return Err(RuntimeError::VocabularyMismatch { left, right });
     }
-    let rows = score(&[base, model], protocol, windows, progress, |logits, target| Pair::of(logits[0], logits[1], target))?;
+    let rows = score(
+        &[base, model],
+        protocol,
+        windows,
+        progress,
+        |logits, target| Pair::of(logits[0], logits[1], target),
+    )?;
     let per_window = rows.len() / windows.len();
     let column = |pick: fn(&Pair) -> f64| rows.iter().map(pick).collect::<Vec<f64>>();
     let mean = |pick| Mean::of(&column(pick), per_window);
@@ -251,17 +312,32 @@ impl Pair {
     fn of(base: &[f32], model: &[f32], target: usize) -> Self {
         let same_top = crate::sampler::argmax(base) == crate::sampler::argmax(model);
         let (base, model) = (log_softmax(base), log_softmax(model));
-        let kl = base.iter().zip(&model).map(|(p, q)| p.exp() * (p - q)).sum();
-        Self { base_nll: -base[target], model_nll: -model[target], kl, same_top }
+        let kl = base
+            .iter()
+            .zip(&model)
+            .map(|(p, q)| p.exp() * (p - q))
+            .sum();
+        Self {
+            base_nll: -base[target],
+            model_nll: -model[target],
+            kl,
+            same_top,
+        }
     }
 }
 
 /// Log probabilities, in f64: the differences of close models live in the last digits.
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
+    let sum: f64 = logits
+        .iter()
+        .map(|&logit| f64::from(logit - max).exp())
+        .sum();
     let shift = f64::from(max) + sum.ln();
-    logits.iter().map(|&logit| f64::from(logit) - shift).collect()
+    logits
+        .iter()
+        .map(|&logit| f64::from(logit) - shift)
+        .collect()
 }
 
 /// Runs all models over all windows and maps the logits in front of every scored token to a value.
@@ -279,22 +355,37 @@ fn score<T: Send>(
     for (batch, chunk) in windows.chunks(per_batch).enumerate() {
         progress(batch * per_batch, windows.len());
         let sequences: Vec<&[u32]> = chunk.iter().map(Vec::as_slice).collect();
-        let hidden = decoders.iter().map(|decoder| decoder.forward(&sequences, None)).collect::<Result<Vec<_>, _>>()?;
-        let scored: Vec<usize> =
-            (0..chunk.len()).flat_map(|w| (protocol.first_scored..protocol.window).map(move |at| w * protocol.window + at)).collect();
+        let hidden = decoders
+            .iter()
+            .map(|decoder| decoder.forward(&sequences, None))
+            .collect::<Result<Vec<_>, _>>()?;
+        let scored: Vec<usize> = (0..chunk.len())
+            .flat_map(|w| {
+                (protocol.first_scored..protocol.window).map(move |at| w * protocol.window + at)
+            })
+            .collect();
         for targets in scored.chunks((LOGITS / vocab).max(1)) {
             let logits: Vec<Vec<f32>> = decoders
                 .iter()
                 .zip(&hidden)
                 .map(|(decoder, hidden)| {
                     let width = decoder.config().hidden_size;
-                    let rows: Vec<f32> = targets.iter().flat_map(|at| hidden[(at - 1) * width..at * width].iter().copied()).collect();
+                    let rows: Vec<f32> = targets
+                        .iter()
+                        .flat_map(|at| hidden[(at - 1) * width..at * width].iter().copied())
+                        .collect();
                     decoder.logits(&rows)
                 })
                 .collect();
             let values = targets.par_iter().enumerate().map(|(i, &at)| {
-                let logits: Vec<&[f32]> = logits.iter().map(|logits| &logits[i * vocab..(i + 1) * vocab]).collect();
-                row(&logits, chunk[at / protocol.window][at % protocol.window] as usize)
+                let logits: Vec<&[f32]> = logits
+                    .iter()
+                    .map(|logits| &logits[i * vocab..(i + 1) * vocab])
+                    .collect();
+                row(
+                    &logits,
+                    chunk[at / protocol.window][at % protocol.window] as usize,
+                )
             });
             out.extend(values.collect::<Vec<T>>());
         }
@@ -314,7 +405,12 @@ mod tests {
         let windows = gptq.windows(&tokens, None, Some(99)).expect("long enough");
         assert_eq!(windows, [(0..8).collect::<Vec<u32>>(), (8..16).collect()]);
         let llamacpp = Protocol::parse("llamacpp-8").expect("known");
-        assert_eq!(llamacpp.windows(&tokens, Some(1), Some(99)).expect("long enough")[0][..2], [99, 1]);
+        assert_eq!(
+            llamacpp
+                .windows(&tokens, Some(1), Some(99))
+                .expect("long enough")[0][..2],
+            [99, 1]
+        );
         // 8 − 1 − 8/2 tokens of a window count.
         assert_eq!((llamacpp.first_scored..llamacpp.window).len(), 3);
         assert!(gptq.windows(&tokens, Some(3), None).is_err());
@@ -328,7 +424,13 @@ mod tests {
     fn mean_and_error_of_a_case_done_by_hand() {
         let mean = Mean::of(&[1.0, 3.0, 5.0, 7.0], 2);
         // Window means 2 and 6: mean 4, variance 8, error sqrt(8 / 2).
-        assert_eq!(mean, Mean { value: 4.0, error: Some(2.0) });
+        assert_eq!(
+            mean,
+            Mean {
+                value: 4.0,
+                error: Some(2.0)
+            }
+        );
         assert_eq!(Mean::of(&[1.0, 2.0], 2).error, None);
     }
 
@@ -339,13 +441,18 @@ mod tests {
         // p = (1/4, 3/4), q = (1/2, 1/2).
         let kl = 0.25 * (0.5f64).ln() + 0.75 * (1.5f64).ln();
         assert!((pair.kl - kl).abs() <= 1e-7, "{}", pair.kl);
-        assert!((pair.base_nll - 4f64.ln()).abs() <= 1e-7 && (pair.model_nll - 2f64.ln()).abs() <= 1e-7);
+        assert!(
+            (pair.base_nll - 4f64.ln()).abs() <= 1e-7 && (pair.model_nll - 2f64.ln()).abs() <= 1e-7
+        );
     }
 
     #[test]
     fn percentiles_are_nearest_ranks() {
         let values: Vec<f64> = (1..=1000).rev().map(f64::from).collect();
         let p = Percentiles::of(&values);
-        assert_eq!((p.p50, p.p90, p.p99, p.p99_9, p.max), (500.0, 900.0, 990.0, 999.0, 1000.0));
+        assert_eq!(
+            (p.p50, p.p90, p.p99, p.p99_9, p.max),
+            (500.0, 900.0, 990.0, 999.0, 1000.0)
+        );
     }
 }

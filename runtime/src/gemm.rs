@@ -20,7 +20,12 @@ pub fn matmul_nt(out: &mut [f32], x: &[f32], w: &[f32], (m, k, n): (usize, usize
 }
 
 /// `out[m, n] = alpha · x[m, k] · w[k, n]`, on views.
-pub(crate) fn matmul_view(out: MatMut<'_, f32>, x: MatRef<'_, f32>, w: MatRef<'_, f32>, alpha: f32) {
+pub(crate) fn matmul_view(
+    out: MatMut<'_, f32>,
+    x: MatRef<'_, f32>,
+    w: MatRef<'_, f32>,
+    alpha: f32,
+) {
     matmul(out, Accum::Replace, x, w, alpha, Par::Seq);
 }
 
@@ -31,15 +36,24 @@ mod tests {
     #[test]
     fn agrees_with_the_definition() {
         for (m, k, n) in [(1, 1, 1), (1, 7, 3), (5, 64, 17), (33, 100, 65)] {
-            let x: Vec<f32> = (0..m * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
-            let w: Vec<f32> = (0..n * k).map(|i| ((i * 53 % 103) as f32 - 51.0) / 51.0).collect();
+            let x: Vec<f32> = (0..m * k)
+                .map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0)
+                .collect();
+            let w: Vec<f32> = (0..n * k)
+                .map(|i| ((i * 53 % 103) as f32 - 51.0) / 51.0)
+                .collect();
             let mut out = vec![f32::NAN; m * n];
             matmul_nt(&mut out, &x, &w, (m, k, n));
             for row in 0..m {
                 for col in 0..n {
-                    let exact: f64 = (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i])).sum();
+                    let exact: f64 = (0..k)
+                        .map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i]))
+                        .sum();
                     let got = f64::from(out[row * n + col]);
-                    assert!((got - exact).abs() <= k as f64 * f64::from(f32::EPSILON), "{got} {exact}");
+                    assert!(
+                        (got - exact).abs() <= k as f64 * f64::from(f32::EPSILON),
+                        "{got} {exact}"
+                    );
                 }
             }
         }

@@ -27,10 +27,22 @@ pub fn generate(
     mut on_token: impl FnMut(usize, u32) -> bool,
 ) -> Result<Vec<Vec<u32>>, RuntimeError> {
     let mut done: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
-    let mut samplers = requests.iter().map(|request| Sampler::new(request.sampling)).collect::<Result<Vec<_>, _>>()?;
-    let mut caches: Vec<_> = requests.iter().map(|request| decoder.cache(request.prompt.len() + max_tokens)).collect();
-    let mut next: Vec<Vec<u32>> = requests.iter().map(|request| request.prompt.clone()).collect();
-    assert!(next.iter().all(|prompt| !prompt.is_empty()), "a prompt has at least one token");
+    let mut samplers = requests
+        .iter()
+        .map(|request| Sampler::new(request.sampling))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut caches: Vec<_> = requests
+        .iter()
+        .map(|request| decoder.cache(request.prompt.len() + max_tokens))
+        .collect();
+    let mut next: Vec<Vec<u32>> = requests
+        .iter()
+        .map(|request| request.prompt.clone())
+        .collect();
+    assert!(
+        next.iter().all(|prompt| !prompt.is_empty()),
+        "a prompt has at least one token"
+    );
     let mut running: Vec<usize> = (0..requests.len()).collect();
     let hidden_size = decoder.config().hidden_size;
     for _ in 0..max_tokens {

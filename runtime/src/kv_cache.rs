@@ -21,13 +21,20 @@ impl KvCache {
     pub fn new(config: &ModelConfig, positions: usize) -> Self {
         let kv_dim = config.kv_dim();
         let reserve = || Vec::with_capacity(positions * kv_dim);
-        let blocks = (0..config.num_blocks).map(|_| BlockCache { keys: reserve(), values: reserve() }).collect();
+        let blocks = (0..config.num_blocks)
+            .map(|_| BlockCache {
+                keys: reserve(),
+                values: reserve(),
+            })
+            .collect();
         Self { blocks, kv_dim }
     }
 
     /// Positions held.
     pub fn len(&self) -> usize {
-        self.blocks.first().map_or(0, |block| block.keys.len() / self.kv_dim)
+        self.blocks
+            .first()
+            .map_or(0, |block| block.keys.len() / self.kv_dim)
     }
 
     /// Whether no position is held.

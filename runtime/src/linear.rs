@@ -38,9 +38,18 @@ impl Linear<'_> {
     /// # Panics
     /// If `x` is not a whole number of rows of `cols`.
     pub fn apply(&self, x: &[f32]) -> Vec<f32> {
-        assert!(x.len().is_multiple_of(self.cols), "{}: {} inputs for {} columns", self.name, x.len(), self.cols);
+        assert!(
+            x.len().is_multiple_of(self.cols),
+            "{}: {} inputs for {} columns",
+            self.name,
+            x.len(),
+            self.cols
+        );
         let mut out = vec![0.0; x.len() / self.cols * self.rows];
-        for (x, out) in x.chunks(SLAB_TOKENS * self.cols).zip(out.chunks_mut(SLAB_TOKENS * self.rows)) {
+        for (x, out) in x
+            .chunks(SLAB_TOKENS * self.cols)
+            .zip(out.chunks_mut(SLAB_TOKENS * self.rows))
+        {
             self.apply_slab(x, out);
         }
         out
@@ -49,16 +58,22 @@ impl Linear<'_> {
     fn apply_slab(&self, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         let starts: Vec<usize> = (0..self.rows).step_by(PANEL_ROWS).collect();
-        let panels: Vec<Vec<f32>> = starts.par_iter().map(|&first| self.panel(x, tokens, first)).collect();
-        out.par_chunks_mut(self.rows).enumerate().for_each(|(token, row)| {
-            for (&first, panel) in starts.iter().zip(&panels) {
-                let width = panel.len() / tokens;
-                row[first..first + width].copy_from_slice(&panel[token * width..(token + 1) * width]);
-            }
-            if let Some(bias) = &self.bias {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
-        });
+        let panels: Vec<Vec<f32>> = starts
+            .par_iter()
+            .map(|&first| self.panel(x, tokens, first))
+            .collect();
+        out.par_chunks_mut(self.rows)
+            .enumerate()
+            .for_each(|(token, row)| {
+                for (&first, panel) in starts.iter().zip(&panels) {
+                    let width = panel.len() / tokens;
+                    row[first..first + width]
+                        .copy_from_slice(&panel[token * width..(token + 1) * width]);
+                }
+                if let Some(bias) = &self.bias {
+                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                }
+            });
     }
 
     /// Output features `first..first + PANEL_ROWS` for all tokens, `[tokens, width]`.
@@ -86,10 +101,13 @@ impl Linear<'_> {
         if let Matrix::Stored(stored) = &self.weight {
             let mut weight = vec![0.0; self.rows * self.cols];
             let cols = self.cols;
-            weight.par_chunks_mut(PANEL_ROWS * cols).enumerate().for_each(|(panel, out)| {
-                let first = panel * PANEL_ROWS;
-                stored.read_rows_f32(first..first + out.len() / cols, out);
-            });
+            weight
+                .par_chunks_mut(PANEL_ROWS * cols)
+                .enumerate()
+                .for_each(|(panel, out)| {
+                    let first = panel * PANEL_ROWS;
+                    stored.read_rows_f32(first..first + out.len() / cols, out);
+                });
             check_finite(&self.name, &weight)?;
             self.weight = Matrix::Owned(weight);
         }
@@ -105,6 +123,10 @@ impl Linear<'_> {
 pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<(), RuntimeError> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(RuntimeError::NonFinite { tensor: tensor.into(), index, value: values[index] }),
+        Some(index) => Err(RuntimeError::NonFinite {
+            tensor: tensor.into(),
+            index,
+            value: values[index],
+        }),
     }
 }

@@ -14,7 +14,9 @@ impl Rope {
         let half = config.head_dim / 2;
         let frequencies = (0..half)
             .map(|i| {
-                let base = config.rope_theta.powf(-(2.0 * i as f64) / config.head_dim as f64);
+                let base = config
+                    .rope_theta
+                    .powf(-(2.0 * i as f64) / config.head_dim as f64);
                 scaled(base, config.rope_scaling) as f32
             })
             .collect();
@@ -45,10 +47,16 @@ fn scaled(frequency: f64, scaling: RopeScaling) -> f64 {
     match scaling {
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_positions,
+        } => {
             let turns = original_max_positions * frequency / std::f64::consts::TAU;
             // 0 where a full turn takes longer than the old context allows for, 1 where it is short.
-            let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+            let smooth =
+                ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
             (1.0 - smooth) * frequency / factor + smooth * frequency
         }
     }

@@ -22,7 +22,13 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+        }
     }
 }
 
@@ -31,13 +37,32 @@ impl Sampling {
     /// [`RuntimeError::Sampling`] for a value outside its range, NaN included.
     pub fn check(&self) -> Result<(), RuntimeError> {
         let rules = [
-            ("temperature", self.temperature, (0.0..f32::INFINITY).contains(&self.temperature), "a finite number from 0"),
-            ("top-p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
-            ("min-p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
+            (
+                "temperature",
+                self.temperature,
+                (0.0..f32::INFINITY).contains(&self.temperature),
+                "a finite number from 0",
+            ),
+            (
+                "top-p",
+                self.top_p,
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "above 0 and at most 1",
+            ),
+            (
+                "min-p",
+                self.min_p,
+                (0.0..=1.0).contains(&self.min_p),
+                "from 0 to 1",
+            ),
         ];
         match rules.into_iter().find(|rule| !rule.2) {
             None => Ok(()),
-            Some((name, got, _, expected)) => Err(RuntimeError::Sampling { name, got, expected }),
+            Some((name, got, _, expected)) => Err(RuntimeError::Sampling {
+                name,
+                got,
+                expected,
+            }),
         }
     }
 }
@@ -54,7 +79,10 @@ impl Sampler {
     /// A sampling parameter outside its range.
     pub fn new(sampling: Sampling) -> Result<Self, RuntimeError> {
         sampling.check()?;
-        Ok(Self { sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed) })
+        Ok(Self {
+            sampling,
+            rng: ChaCha8Rng::seed_from_u64(sampling.seed),
+        })
     }
 
     /// The next token. Of equally likely tokens the one with the smaller id comes first.
@@ -82,8 +110,11 @@ impl Sampler {
     /// has 1).
     fn candidates(&self, logits: &[f32]) -> Vec<(u32, f32)> {
         let max = logits[argmax(logits) as usize];
-        let mut all: Vec<(u32, f32)> =
-            logits.iter().enumerate().map(|(id, &logit)| (id as u32, ((logit - max) / self.sampling.temperature).exp())).collect();
+        let mut all: Vec<(u32, f32)> = logits
+            .iter()
+            .enumerate()
+            .map(|(id, &logit)| (id as u32, ((logit - max) / self.sampling.temperature).exp()))
+            .collect();
         all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.sampling.top_k > 0 {
             all.truncate(self.sampling.top_k);
@@ -103,7 +134,10 @@ impl Sampler {
 
 /// Index of the largest value; the first of equals.
 pub(crate) fn argmax(values: &[f32]) -> u32 {
-    let best = values.iter().enumerate().fold(0, |best, (i, value)| if *value > values[best] { i } else { best });
+    let best = values.iter().enumerate().fold(
+        0,
+        |best, (i, value)| if *value > values[best] { i } else { best },
+    );
     best as u32
 }
 
@@ -128,13 +162,24 @@ mod tests {
         let logits = [0.0f32, 1.0, 2.0, -1.0];
         for temperature in [0.5f32, 1.0, 2.0] {
             let draws = 20_000;
-            let counts = counts(Sampling { temperature, seed: 7, ..Sampling::default() }, &logits, draws);
+            let counts = counts(
+                Sampling {
+                    temperature,
+                    seed: 7,
+                    ..Sampling::default()
+                },
+                &logits,
+                draws,
+            );
             let total: f32 = logits.iter().map(|l| (l / temperature).exp()).sum();
             for (count, logit) in counts.iter().zip(logits) {
                 let p = f64::from((logit / temperature).exp() / total);
                 // Five standard deviations of a binomial count.
                 let tolerance = 5.0 * (draws as f64 * p * (1.0 - p)).sqrt();
-                assert!((*count as f64 - draws as f64 * p).abs() <= tolerance, "{counts:?} at {temperature}");
+                assert!(
+                    (*count as f64 - draws as f64 * p).abs() <= tolerance,
+                    "{counts:?} at {temperature}"
+                );
             }
         }
     }
@@ -142,21 +187,48 @@ mod tests {
     #[test]
     fn filters_leave_out_what_they_say() {
         let logits = [2.0f32, 1.9, 0.0, -5.0];
-        let hot = Sampling { temperature: 10.0, seed: 3, ..Sampling::default() };
-        let seen = |sampling| counts(sampling, &logits, 500).iter().map(|count| *count > 0).collect::<Vec<_>>();
+        let hot = Sampling {
+            temperature: 10.0,
+            seed: 3,
+            ..Sampling::default()
+        };
+        let seen = |sampling| {
+            counts(sampling, &logits, 500)
+                .iter()
+                .map(|count| *count > 0)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(seen(hot), [true, true, true, true]);
-        assert_eq!(seen(Sampling { top_k: 2, ..hot }), [true, true, false, false]);
-        assert_eq!(seen(Sampling { top_p: 0.5, ..hot }), [true, true, false, false]);
-        assert_eq!(seen(Sampling { min_p: 0.8, ..hot }), [true, true, true, false]);
-        assert_eq!(seen(Sampling { top_p: 1e-6, ..hot }), [true, false, false, false]);
+        assert_eq!(
+            seen(Sampling { top_k: 2, ..hot }),
+            [true, true, false, false]
+        );
+        assert_eq!(
+            seen(Sampling { top_p: 0.5, ..hot }),
+            [true, true, false, false]
+        );
+        assert_eq!(
+            seen(Sampling { min_p: 0.8, ..hot }),
+            [true, true, true, false]
+        );
+        assert_eq!(
+            seen(Sampling { top_p: 1e-6, ..hot }),
+            [true, false, false, false]
+        );
     }
 
     #[test]
     fn parameters_out_of_range_are_refused() {
         let base = Sampling::default();
         for bad in [
-            Sampling { temperature: -1.0, ..base },
-            Sampling { temperature: f32::NAN, ..base },
+            Sampling {
+                temperature: -1.0,
+                ..base
+            },
+            Sampling {
+                temperature: f32::NAN,
+                ..base
+            },
             Sampling { top_p: 0.0, ..base },
             Sampling { min_p: 1.5, ..base },
         ] {

@@ -25,12 +25,27 @@ pub enum LinearKind {
 
 impl LinearKind {
     /// All of them, in order; `ALL[kind as usize] == kind`.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::O,
+        Self::Gate,
+        Self::Up,
+        Self::Down,
+    ];
 
     /// Name of the module inside its block.
     pub fn module(self) -> &'static str {
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-            [self as usize]
+        [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ][self as usize]
     }
 
     /// The linears that read the same input: one side of one sublayer.
@@ -129,7 +144,13 @@ pub struct TensorSpec {
 /// Every tensor the config implies, in the order of the forward pass.
 pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let mut out = Vec::new();
-    let mut push = |name: String, shape: &[usize], role| out.push(TensorSpec { name, shape: shape.into(), role });
+    let mut push = |name: String, shape: &[usize], role| {
+        out.push(TensorSpec {
+            name,
+            shape: shape.into(),
+            role,
+        })
+    };
     let embedding = [config.vocab_size, config.hidden_size];
     push(EMBEDDING.into(), &embedding, Role::Embedding);
     for block in 0..config.num_blocks {
@@ -144,13 +165,25 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
         }
         for kind in LinearKind::ALL {
             let shape = kind.shape(config);
-            push(weight_name(block, kind), &shape, Role::Linear { block, kind });
+            push(
+                weight_name(block, kind),
+                &shape,
+                Role::Linear { block, kind },
+            );
             if kind.has_bias(config) {
-                push(bias_name(block, kind), &shape[..1], Role::Bias { block, kind });
+                push(
+                    bias_name(block, kind),
+                    &shape[..1],
+                    Role::Bias { block, kind },
+                );
             }
         }
     }
-    push(FINAL_NORM.into(), &[config.hidden_size], Role::Norm { block: None });
+    push(
+        FINAL_NORM.into(),
+        &[config.hidden_size],
+        Role::Norm { block: None },
+    );
     if !config.tie_word_embeddings {
         push(HEAD.into(), &embedding, Role::Head);
     }
@@ -172,13 +205,17 @@ pub fn bias_name(block: usize, kind: LinearKind) -> String {
 /// The first tensor that is missing, misshapen, of another type, or unknown.
 pub fn account(config: &ModelConfig, model: &Model) -> Result<Vec<TensorSpec>, RuntimeError> {
     let mut all = tensors(config);
-    let implied: BTreeMap<&str, &TensorSpec> = all.iter().map(|spec| (spec.name.as_str(), spec)).collect();
+    let implied: BTreeMap<&str, &TensorSpec> =
+        all.iter().map(|spec| (spec.name.as_str(), spec)).collect();
     let mut unused = Vec::new();
     for name in model.names() {
         if implied.contains_key(name) {
             continue;
         }
-        let shape = model.weight(name).map(|weight| weight.shape()).unwrap_or_default();
+        let shape = model
+            .weight(name)
+            .map(|weight| weight.shape())
+            .unwrap_or_default();
         // A quantized copy of a tied head is this runtime's own doing and is read.
         if name == HEAD && matches!(model, Model::Artifact(_)) {
             continue;
@@ -188,7 +225,11 @@ pub fn account(config: &ModelConfig, model: &Model) -> Result<Vec<TensorSpec>, R
             shape: shape.clone(),
             architecture: config.architecture.name(),
         })?;
-        unused.push(TensorSpec { name: name.into(), shape, role: Role::Unused { reason } });
+        unused.push(TensorSpec {
+            name: name.into(),
+            shape,
+            role: Role::Unused { reason },
+        });
     }
     for spec in &all {
         check(spec, model)?;
@@ -201,20 +242,30 @@ fn unused_reason(config: &ModelConfig, name: &str) -> Option<&'static str> {
     if name == HEAD && config.tie_word_embeddings {
         return Some("the head is tied to the embedding");
     }
-    name.ends_with("rotary_emb.inv_freq").then_some("rotary frequencies are computed from the config")
+    name.ends_with("rotary_emb.inv_freq")
+        .then_some("rotary frequencies are computed from the config")
 }
 
 fn check(spec: &TensorSpec, model: &Model) -> Result<(), RuntimeError> {
-    let weight = model.weight(&spec.name).ok_or_else(|| RuntimeError::MissingTensor {
-        tensor: spec.name.clone(),
-        expected: spec.shape.clone(),
-    })?;
+    let weight = model
+        .weight(&spec.name)
+        .ok_or_else(|| RuntimeError::MissingTensor {
+            tensor: spec.name.clone(),
+            expected: spec.shape.clone(),
+        })?;
     if weight.shape() != spec.shape {
-        return Err(RuntimeError::Shape { tensor: spec.name.clone(), expected: spec.shape.clone(), got: weight.shape() });
+        return Err(RuntimeError::Shape {
+            tensor: spec.name.clone(),
+            expected: spec.shape.clone(),
+            got: weight.shape(),
+        });
     }
     match weight {
         Weight::Dense(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16) => {
-            Err(RuntimeError::Dtype { tensor: spec.name.clone(), got: format!("{:?}", view.dtype) })
+            Err(RuntimeError::Dtype {
+                tensor: spec.name.clone(),
+                got: format!("{:?}", view.dtype),
+            })
         }
         _ => Ok(()),
     }

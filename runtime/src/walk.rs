@@ -59,7 +59,13 @@ impl Stream {
         let window = self.window_tokens * self.hidden;
         let windows = self.x.len() / window;
         let take = (tokens / self.window_tokens).clamp(1, windows);
-        (0..take).flat_map(|i| self.x[i * windows / take * window..][..window].iter().copied()).collect()
+        (0..take)
+            .flat_map(|i| {
+                self.x[i * windows / take * window..][..window]
+                    .iter()
+                    .copied()
+            })
+            .collect()
     }
 }
 
@@ -115,7 +121,12 @@ pub trait BlockPass {
     ///
     /// # Errors
     /// The method failed.
-    fn rewrite(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError>;
+    fn rewrite(
+        &mut self,
+        block: &mut Block<'_>,
+        site: Site,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError>;
 }
 
 /// How far the walk is, in units of estimated work.
@@ -145,8 +156,18 @@ pub fn walk(
     sink: &mut dyn FnMut(usize, Rewritten) -> Result<(), PassError>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(), RuntimeError> {
-    let mut walker = Walker { parts, stream: embed(parts, ids, window_tokens)?, done: 0, total: 0, block: 0, progress };
-    let block_work: u64 = Sublayer::ALL.iter().map(|sublayer| walker.sublayer_work(*sublayer, passes)).sum();
+    let mut walker = Walker {
+        parts,
+        stream: embed(parts, ids, window_tokens)?,
+        done: 0,
+        total: 0,
+        block: 0,
+        progress,
+    };
+    let block_work: u64 = Sublayer::ALL
+        .iter()
+        .map(|sublayer| walker.sublayer_work(*sublayer, passes))
+        .sum();
     walker.total = block_work * parts.config.num_blocks as u64;
     for index in 0..parts.config.num_blocks {
         walker.block = index;
@@ -171,7 +192,11 @@ fn embed(parts: &Parts<'_>, ids: &[u32], window_tokens: usize) -> Result<Stream,
         x.extend_from_slice(&parts.embed(ids)?);
         parts.model.release(EMBEDDING);
     }
-    Ok(Stream { x, hidden, window_tokens })
+    Ok(Stream {
+        x,
+        hidden,
+        window_tokens,
+    })
 }
 
 struct Walker<'a, 'p> {
@@ -194,11 +219,16 @@ impl Walker<'_, '_> {
         for pass in passes.iter_mut() {
             if pass.prepares(block.index, sublayer) {
                 self.observe(block, sublayer, &[Side::Inner, Side::Outer], *pass)?;
-                pass.prepare(block, sublayer, &self.stream, out).map_err(RuntimeError::Pass)?;
+                pass.prepare(block, sublayer, &self.stream, out)
+                    .map_err(RuntimeError::Pass)?;
             }
         }
         for side in [Side::Inner, Side::Outer] {
-            let site = Site { block: block.index, sublayer, side };
+            let site = Site {
+                block: block.index,
+                sublayer,
+                side,
+            };
             for pass in passes.iter_mut() {
                 if pass.wants(site) {
                     self.observe(block, sublayer, &[side], *pass)?;
@@ -212,15 +242,28 @@ impl Walker<'_, '_> {
     }
 
     /// Shows a pass the inputs of the given sides, batch by batch.
-    fn observe(&mut self, block: &Block<'_>, sublayer: Sublayer, sides: &[Side], pass: &mut dyn BlockPass) -> Result<(), RuntimeError> {
-        assert!(!self.stream.x.is_empty(), "a pass wants to observe inputs, but there are no calibration windows");
+    fn observe(
+        &mut self,
+        block: &Block<'_>,
+        sublayer: Sublayer,
+        sides: &[Side],
+        pass: &mut dyn BlockPass,
+    ) -> Result<(), RuntimeError> {
+        assert!(
+            !self.stream.x.is_empty(),
+            "a pass wants to observe inputs, but there are no calibration windows"
+        );
         let (len, window_tokens) = (self.stream.batch_len(), self.stream.window_tokens);
         for start in (0..self.stream.x.len()).step_by(len) {
             let batch = &self.stream.x[start..(start + len).min(self.stream.x.len())];
             let tokens = batch.len() / self.stream.hidden;
             let normed = block.normed(sublayer, batch);
             for &side in sides {
-                let site = Site { block: block.index, sublayer, side };
+                let site = Site {
+                    block: block.index,
+                    sublayer,
+                    side,
+                };
                 let inputs = match side {
                     Side::Inner => &normed,
                     Side::Outer => &block.mixed(sublayer, &normed, window_tokens),
@@ -243,7 +286,14 @@ impl Walker<'_, '_> {
             add(batch, &block.outer(sublayer, &mixed));
             let tokens = (end - start) / self.stream.hidden;
             for side in [Side::Inner, Side::Outer] {
-                self.tick_tokens(Site { block: block.index, sublayer, side }, tokens);
+                self.tick_tokens(
+                    Site {
+                        block: block.index,
+                        sublayer,
+                        side,
+                    },
+                    tokens,
+                );
             }
         }
     }
@@ -254,7 +304,11 @@ impl Walker<'_, '_> {
 
     fn tick(&mut self, work: u64) {
         self.done += work;
-        (self.progress)(Progress { done: self.done, total: self.total.max(self.done), block: self.block });
+        (self.progress)(Progress {
+            done: self.done,
+            total: self.total.max(self.done),
+            block: self.block,
+        });
     }
 
     /// Estimated work of one sublayer; the same for every block.
@@ -262,7 +316,11 @@ impl Walker<'_, '_> {
         let tokens = self.stream.x.len() / self.stream.hidden;
         let mut work = 0;
         for side in [Side::Inner, Side::Outer] {
-            let site = Site { block: 0, sublayer, side };
+            let site = Site {
+                block: 0,
+                sublayer,
+                side,
+            };
             let forward = site_work(self.parts, site, tokens);
             work += forward;
             for pass in passes {
@@ -276,11 +334,19 @@ impl Walker<'_, '_> {
 
 /// Multiply-adds of observing or running a site: its linears, and about as much again for statistics.
 fn site_work(parts: &Parts<'_>, site: Site, tokens: usize) -> u64 {
-    let weights: usize = site.linears().iter().map(|kind| kind.shape(&parts.config).iter().product::<usize>()).sum();
+    let weights: usize = site
+        .linears()
+        .iter()
+        .map(|kind| kind.shape(&parts.config).iter().product::<usize>())
+        .sum();
     weights as u64 * tokens as u64
 }
 
 /// Multiply-adds of rewriting a site: quadratic in the inputs for every output, as error feedback is.
 fn rewrite_work(parts: &Parts<'_>, site: Site) -> u64 {
-    site.linears().iter().map(|kind| kind.shape(&parts.config)).map(|[rows, cols]| (rows * cols) as u64 * cols as u64).sum()
+    site.linears()
+        .iter()
+        .map(|kind| kind.shape(&parts.config))
+        .map(|[rows, cols]| (rows * cols) as u64 * cols as u64)
+        .sum()
 }

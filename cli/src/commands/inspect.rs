@@ -31,16 +31,33 @@ struct Tensor {
 pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> {
     let model = Model::open(&args.model)?;
     let config = loaded::config(&model)?;
-    let files = qbin_format::SIDE_FILES.into_iter().filter(|name| model.file(name).is_some()).collect();
+    let files = qbin_format::SIDE_FILES
+        .into_iter()
+        .filter(|name| model.file(name).is_some())
+        .collect();
     let architecture = config.architecture.name();
     let inspected = match &model {
         Model::Checkpoint(checkpoint) => {
             let tensors = checkpoint.names().filter_map(|name| {
-                let Some(Weight::Dense(view)) = model.weight(name) else { return None };
-                Some(Tensor { name: name.into(), shape: view.shape.into(), stored: view.dtype.name().into(), relative_error: None })
+                let Some(Weight::Dense(view)) = model.weight(name) else {
+                    return None;
+                };
+                Some(Tensor {
+                    name: name.into(),
+                    shape: view.shape.into(),
+                    stored: view.dtype.name().into(),
+                    relative_error: None,
+                })
             });
             let tensors = tensors.collect();
-            Inspected { kind: "checkpoint", architecture, bytes: checkpoint.total_bytes(), files, tensors, manifest: None }
+            Inspected {
+                kind: "checkpoint",
+                architecture,
+                bytes: checkpoint.total_bytes(),
+                files,
+                tensors,
+                manifest: None,
+            }
         }
         Model::Artifact(artifact) => {
             let manifest = artifact.manifest();
@@ -51,7 +68,14 @@ pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> 
                 relative_error: entry.report.relative_error,
             });
             let tensors = tensors.collect();
-            Inspected { kind: "artifact", architecture, bytes: artifact.file_bytes(), files, tensors, manifest: Some(manifest) }
+            Inspected {
+                kind: "artifact",
+                architecture,
+                bytes: artifact.file_bytes(),
+                files,
+                tensors,
+                manifest: Some(manifest),
+            }
         }
     };
     show.print(&inspected, |inspected| describe(inspected, args.tensors))?;
@@ -68,10 +92,21 @@ fn describe(inspected: &Inspected<'_>, tensors: bool) -> String {
         inspected.files.join(", ")
     );
     if let Some(manifest) = inspected.manifest {
-        text += &format!("made by qbin {}, seed {}\nrecipe: {}\n", manifest.tool_version, manifest.seed, manifest.recipe);
-        text += &format!("source: {} tensors, {}, sha256 {}\n", manifest.source.tensors, render::bytes(manifest.source.bytes), manifest.source.sha256);
+        text += &format!(
+            "made by qbin {}, seed {}\nrecipe: {}\n",
+            manifest.tool_version, manifest.seed, manifest.recipe
+        );
+        text += &format!(
+            "source: {} tensors, {}, sha256 {}\n",
+            manifest.source.tensors,
+            render::bytes(manifest.source.bytes),
+            manifest.source.sha256
+        );
         if let Some(c) = &manifest.calibration {
-            text += &format!("calibration: {} windows of {} tokens, {}, sha256 {}\n", c.windows, c.window_tokens, c.source, c.sha256);
+            text += &format!(
+                "calibration: {} windows of {} tokens, {}, sha256 {}\n",
+                c.windows, c.window_tokens, c.source, c.sha256
+            );
         }
         for (name, entry) in &manifest.tensors {
             for fallback in &entry.report.fallbacks {
@@ -84,7 +119,14 @@ fn describe(inspected: &Inspected<'_>, tensors: bool) -> String {
         let rows: Vec<Vec<String>> = inspected
             .tensors
             .iter()
-            .map(|t| vec![t.name.clone(), format!("{:?}", t.shape), error(t.relative_error), t.stored.clone()])
+            .map(|t| {
+                vec![
+                    t.name.clone(),
+                    format!("{:?}", t.shape),
+                    error(t.relative_error),
+                    t.stored.clone(),
+                ]
+            })
             .collect();
         text.push('\n');
         text += &render::table(&["tensor", "shape", "relative error", "stored as"], &rows);

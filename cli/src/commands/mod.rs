@@ -24,7 +24,11 @@ pub(crate) struct Show {
 
 impl Show {
     /// Prints a result, as JSON or as the text that `text` makes of it.
-    pub(crate) fn print<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), CliError> {
+    pub(crate) fn print<T: Serialize>(
+        self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<(), CliError> {
         let text = match self.json {
             true => serde_json::to_string(value).expect("results have string keys only") + "\n",
             false => text(value),

@@ -52,7 +52,9 @@ pub(crate) fn run(args: &PlanArgs, show: Show) -> Result<ExitCode, CliError> {
     let recipe = Recipe::from_args(&args.recipe)?;
     let model = Model::open(&args.input)?;
     if matches!(model, Model::Artifact(_)) {
-        return Err(CliError::AlreadyQuantized { path: args.input.clone() });
+        return Err(CliError::AlreadyQuantized {
+            path: args.input.clone(),
+        });
     }
     let config = loaded::config(&model)?;
     loaded::tokenizer(&model, &config)?;
@@ -69,7 +71,8 @@ pub(crate) fn run(args: &PlanArgs, show: Show) -> Result<ExitCode, CliError> {
     let planning = Planning {
         bytes: plan.layout.total_bytes,
         source_bytes: plan.entries.iter().map(|entry| entry.source_bytes).sum(),
-        bits_per_weight: 8.0 * on_grid().map(|g| g.bytes).sum::<u64>() as f64 / on_grid().map(|g| g.parameters).sum::<u64>() as f64,
+        bits_per_weight: 8.0 * on_grid().map(|g| g.bytes).sum::<u64>() as f64
+            / on_grid().map(|g| g.parameters).sum::<u64>() as f64,
         tensors: tensors.collect(),
         groups,
     };
@@ -81,22 +84,50 @@ fn describe(planning: &Planning) -> String {
     let rows: Vec<Vec<String>> = planning
         .tensors
         .iter()
-        .map(|t| vec![t.name.clone(), format!("{:?}", t.shape), render::bytes(t.source_bytes), render::bytes(t.bytes), describe_fate(&t.fate)])
+        .map(|t| {
+            vec![
+                t.name.clone(),
+                format!("{:?}", t.shape),
+                render::bytes(t.source_bytes),
+                render::bytes(t.bytes),
+                describe_fate(&t.fate),
+            ]
+        })
         .collect();
     let mut text = render::table(&["tensor", "shape", "from", "to", "fate"], &rows);
     text.push('\n');
     text += &describe_groups(&planning.groups);
-    let sizes = format!("{} of {}", render::bytes(planning.bytes), render::bytes(planning.source_bytes));
-    text += &format!("\n{sizes}, {:.3} bits per quantized weight\n", planning.bits_per_weight);
+    let sizes = format!(
+        "{} of {}",
+        render::bytes(planning.bytes),
+        render::bytes(planning.source_bytes)
+    );
+    text += &format!(
+        "\n{sizes}, {:.3} bits per quantized weight\n",
+        planning.bits_per_weight
+    );
     text
 }
 
 /// What stands in a table for a fate.
 pub(crate) fn describe_fate(fate: &Fate) -> String {
     match fate {
-        Fate::Quantized { bits, group_size, symmetric, method, .. } => {
+        Fate::Quantized {
+            bits,
+            group_size,
+            symmetric,
+            method,
+            ..
+        } => {
             let group = group_size.map_or("per channel".into(), |size| format!("g{size}"));
-            format!("int{bits} {group} {} ({method})", if *symmetric { "symmetric" } else { "asymmetric" })
+            format!(
+                "int{bits} {group} {} ({method})",
+                if *symmetric {
+                    "symmetric"
+                } else {
+                    "asymmetric"
+                }
+            )
         }
         Fate::Kept { dtype, reason } => format!("{dtype}: {reason}"),
         Fate::Alias { of, reason } => format!("same as {of}: {reason}"),
@@ -120,12 +151,23 @@ pub(crate) fn groups(plan: &Plan) -> Vec<Group> {
         let fate = describe_fate(&entry.fate);
         let index = *at.entry((what.into(), fate.clone())).or_insert_with(|| {
             let quantized = matches!(entry.fate, Fate::Quantized { .. });
-            groups.push(Group { what: what.into(), fate, quantized, tensors: 0, parameters: 0, bytes: 0 });
+            groups.push(Group {
+                what: what.into(),
+                fate,
+                quantized,
+                tensors: 0,
+                parameters: 0,
+                bytes: 0,
+            });
             groups.len() - 1
         });
         let stored = entry.planned.is_some();
         groups[index].tensors += 1;
-        groups[index].parameters += if stored { entry.spec.shape.iter().product::<usize>() as u64 } else { 0 };
+        groups[index].parameters += if stored {
+            entry.spec.shape.iter().product::<usize>() as u64
+        } else {
+            0
+        };
         groups[index].bytes += entry.bytes;
     }
     groups
@@ -135,9 +177,30 @@ pub(crate) fn describe_groups(groups: &[Group]) -> String {
     let rows: Vec<Vec<String>> = groups
         .iter()
         .map(|g| {
-            let bpw = if g.parameters > 0 { format!("{:.3}", 8.0 * g.bytes as f64 / g.parameters as f64) } else { "-".into() };
-            vec![g.what.clone(), g.tensors.to_string(), g.parameters.to_string(), render::bytes(g.bytes), bpw, g.fate.clone()]
+            let bpw = if g.parameters > 0 {
+                format!("{:.3}", 8.0 * g.bytes as f64 / g.parameters as f64)
+            } else {
+                "-".into()
+            };
+            vec![
+                g.what.clone(),
+                g.tensors.to_string(),
+                g.parameters.to_string(),
+                render::bytes(g.bytes),
+                bpw,
+                g.fate.clone(),
+            ]
         })
         .collect();
-    render::table(&["", "tensors", "parameters", "bytes", "bits each", "stored as"], &rows)
+    render::table(
+        &[
+            "",
+            "tensors",
+            "parameters",
+            "bytes",
+            "bits each",
+            "stored as",
+        ],
+        &rows,
+    )
 }

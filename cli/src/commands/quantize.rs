@@ -10,7 +10,8 @@ use crate::recipe::Recipe;
 use crate::{loaded, render};
 use qbin_calib_data::{Generator, Source, Tokenizer, WindowSpec, Windows};
 use qbin_format::{
-    ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo, TensorReport, Weight, check_output,
+    ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
+    TensorReport, Weight, check_output,
 };
 use qbin_prune::PrunePass;
 use qbin_quant::{Grid, QuantPass, rtn};
@@ -58,18 +59,33 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     let recipe = Recipe::from_args(&args.recipe)?;
     let model = Model::open(&args.input)?;
     let Model::Checkpoint(checkpoint) = &model else {
-        return Err(CliError::AlreadyQuantized { path: args.input.clone() });
+        return Err(CliError::AlreadyQuantized {
+            path: args.input.clone(),
+        });
     };
     check_output(&args.output, checkpoint.input_paths())?;
     let parts = Parts::new(&model)?;
     let mut plan = Plan::new(&model, &parts.config, &recipe, args.calibration.seed)?;
-    let writer = ArtifactWriter::create(&args.output, plan.planned.clone(), plan.manifest.planned_bytes())?;
+    let writer = ArtifactWriter::create(
+        &args.output,
+        plan.planned.clone(),
+        plan.manifest.planned_bytes(),
+    )?;
     let windows = match recipe.quantize.method.needs_calibration() {
         true => Some(calibrate(&args.calibration, &args.input, &parts, show)?),
         false => None,
     };
-    let shapes = plan.entries.iter().map(|entry| (entry.spec.name.clone(), entry.spec.shape.clone())).collect();
-    let mut job = Job { writer, shapes, reports: BTreeMap::new(), show };
+    let shapes = plan
+        .entries
+        .iter()
+        .map(|entry| (entry.spec.name.clone(), entry.spec.shape.clone()))
+        .collect();
+    let mut job = Job {
+        writer,
+        shapes,
+        reports: BTreeMap::new(),
+        show,
+    };
     plan.manifest.source = job.hash(checkpoint);
     job.walk(&parts, &recipe, windows.as_ref())?;
     if let Some(grid) = head_grid(recipe.head, &parts.config) {
@@ -77,39 +93,75 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     }
     job.keep(&model, &plan)?;
     plan.manifest.calibration = windows.as_ref().map(calibration_info);
-    let activation_bytes = windows.as_ref().map_or(0, |w| (w.ids().len() * parts.config.hidden_size * size_of::<f32>()) as u64);
+    let activation_bytes = windows.as_ref().map_or(0, |w| {
+        (w.ids().len() * parts.config.hidden_size * size_of::<f32>()) as u64
+    });
     let summary = job.finish(plan, &recipe)?;
-    let summary = Summary { seconds: start.elapsed().as_secs_f64(), peak_rss_bytes: peak_rss_bytes(), activation_bytes, ..summary };
+    let summary = Summary {
+        seconds: start.elapsed().as_secs_f64(),
+        peak_rss_bytes: peak_rss_bytes(),
+        activation_bytes,
+        ..summary
+    };
     show.print(&summary, |summary| describe(summary, &args.output))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Calibration windows as asked for; the model writes them itself where nothing is given.
-fn calibrate(args: &CalibrationArgs, input: &Path, parts: &Parts<'_>, show: Show) -> Result<Windows, CliError> {
+fn calibrate(
+    args: &CalibrationArgs,
+    input: &Path,
+    parts: &Parts<'_>,
+    show: Show,
+) -> Result<Windows, CliError> {
     let config = &parts.config;
     let tokens = args.calib_tokens.unwrap_or(config.max_positions.min(512));
     if tokens > config.max_positions {
-        return Err(CliError::WindowTooLong { tokens, max_positions: config.max_positions });
+        return Err(CliError::WindowTooLong {
+            tokens,
+            max_positions: config.max_positions,
+        });
     }
-    let spec = WindowSpec { windows: args.calib_windows, tokens, seed: args.seed };
+    let spec = WindowSpec {
+        windows: args.calib_windows,
+        tokens,
+        seed: args.seed,
+    };
     let tokenizer = loaded::tokenizer(parts.model, config)?;
     let mut progress = Progress::new("calibration", show.quiet);
     let mut tick = |done, total| progress.set(done, total, "");
     let named = |name: &str| args.calib.iter().any(|source| source == name);
-    if let Some(name) = ["self", "builtin"].into_iter().find(|name| named(name) && args.calib.len() > 1) {
-        return Err(CliError::CalibSources { source_name: name.into() });
+    if let Some(name) = ["self", "builtin"]
+        .into_iter()
+        .find(|name| named(name) && args.calib.len() > 1)
+    {
+        return Err(CliError::CalibSources {
+            source_name: name.into(),
+        });
     }
     let mut writer;
     let source = if named("builtin") {
         Source::Builtin
     } else if named("self") {
-        let tokenizer = tokenizer.as_ref().ok_or_else(|| CliError::NoTokenizer { path: input.into() })?;
-        writer = SelfWriter { decoder: Decoder::new(parts)?, tokenizer };
+        let tokenizer = tokenizer
+            .as_ref()
+            .ok_or_else(|| CliError::NoTokenizer { path: input.into() })?;
+        writer = SelfWriter {
+            decoder: Decoder::new(parts)?,
+            tokenizer,
+        };
         Source::SelfGenerated(&mut writer)
     } else {
         Source::Files(args.calib.iter().map(Into::into).collect())
     };
-    let windows = qbin_calib_data::load(source, tokenizer.as_ref(), &spec, &args.calib_field, config.vocab_size, &mut tick)?;
+    let windows = qbin_calib_data::load(
+        source,
+        tokenizer.as_ref(),
+        &spec,
+        &args.calib_field,
+        config.vocab_size,
+        &mut tick,
+    )?;
     progress.finish();
     Ok(windows)
 }
@@ -121,15 +173,29 @@ struct SelfWriter<'m, 't> {
 }
 
 impl Generator for SelfWriter<'_, '_> {
-    fn generate(&mut self, requests: &[qbin_calib_data::Request], max_tokens: usize) -> Result<Vec<Vec<u32>>, PassError> {
+    fn generate(
+        &mut self,
+        requests: &[qbin_calib_data::Request],
+        max_tokens: usize,
+    ) -> Result<Vec<Vec<u32>>, PassError> {
         let requests: Vec<Request> = requests
             .iter()
             .map(|request| Request {
                 prompt: request.prompt.clone(),
-                sampling: Sampling { temperature: request.temperature, seed: request.seed, ..Sampling::default() },
+                sampling: Sampling {
+                    temperature: request.temperature,
+                    seed: request.seed,
+                    ..Sampling::default()
+                },
             })
             .collect();
-        Ok(generate(&self.decoder, &requests, max_tokens, self.tokenizer.eos(), |_, _| true)?)
+        Ok(generate(
+            &self.decoder,
+            &requests,
+            max_tokens,
+            self.tokenizer.eos(),
+            |_, _| true,
+        )?)
     }
 }
 
@@ -169,13 +235,23 @@ impl Job {
     }
 
     /// Runs the recipe's passes over the blocks and writes what they make.
-    fn walk(&mut self, parts: &Parts<'_>, recipe: &Recipe, windows: Option<&Windows>) -> Result<(), CliError> {
+    fn walk(
+        &mut self,
+        parts: &Parts<'_>,
+        recipe: &Recipe,
+        windows: Option<&Windows>,
+    ) -> Result<(), CliError> {
         let mut quant = QuantPass::new(&recipe.quantize, &parts.config)?;
-        let mut prune = recipe.prune.as_ref().map(|prune| PrunePass::new(prune, &parts.config)).transpose()?;
+        let mut prune = recipe
+            .prune
+            .as_ref()
+            .map(|prune| PrunePass::new(prune, &parts.config))
+            .transpose()?;
         let mut passes: Vec<&mut dyn BlockPass> = Vec::new();
         passes.extend(prune.as_mut().map(|pass| pass as &mut dyn BlockPass));
         passes.push(&mut quant);
-        let (ids, window_tokens) = windows.map_or((&[][..], 1), |windows| (windows.ids(), windows.tokens()));
+        let (ids, window_tokens) =
+            windows.map_or((&[][..], 1), |windows| (windows.ids(), windows.tokens()));
         let blocks = parts.config.num_blocks;
         // The sink and the progress both show where the walk is; the walk calls them in turn.
         let progress = std::cell::RefCell::new(Progress::new("quantizing", self.show.quiet));
@@ -186,8 +262,14 @@ impl Job {
             self.write(new)
         };
         let mut tick = |at: walk::Progress| {
-            let error = last_error.get().map_or(String::new(), |error| format!(", relative error of the last one {error:.1e}"));
-            progress.borrow_mut().set(at.done, at.total, &format!("block {} of {blocks}{error}", at.block + 1));
+            let error = last_error.get().map_or(String::new(), |error| {
+                format!(", relative error of the last one {error:.1e}")
+            });
+            progress.borrow_mut().set(
+                at.done,
+                at.total,
+                &format!("block {} of {blocks}{error}", at.block + 1),
+            );
         };
         walk::walk(parts, ids, window_tokens, &mut passes, &mut sink, &mut tick)?;
         progress.into_inner().finish();
@@ -200,7 +282,8 @@ impl Job {
                 NewTensor::Quantized(matrix) => self.writer.write_quantized(&name, &matrix)?,
                 NewTensor::Dense(values) => {
                     let shape = self.shapes[&name].clone();
-                    self.writer.write_dense(&name, Dtype::F32, &shape, &f32_bytes(&values))?;
+                    self.writer
+                        .write_dense(&name, Dtype::F32, &shape, &f32_bytes(&values))?;
                 }
             }
             self.reports.insert(name, report);
@@ -210,7 +293,11 @@ impl Job {
 
     /// Rounds the head to nearest, some rows at a time: as a whole it can be larger than all else in memory.
     fn head(&mut self, model: &Model, parts: &Parts<'_>, grid: &Grid) -> Result<(), CliError> {
-        let name = if parts.config.tie_word_embeddings { EMBEDDING } else { HEAD };
+        let name = if parts.config.tie_word_embeddings {
+            EMBEDDING
+        } else {
+            HEAD
+        };
         let weight = model.weight(name).expect("accounted for");
         let (rows, cols) = (parts.config.vocab_size, parts.config.hidden_size);
         let (mut error, mut signal) = (0f64, 0f64);
@@ -218,7 +305,8 @@ impl Job {
             let last = (first + HEAD_ROWS).min(rows);
             let mut panel = vec![0f32; (last - first) * cols];
             weight.read_rows_f32(first..last, &mut panel);
-            let quantized = rtn(&panel, last - first, cols, grid, None, None).map_err(|error| error.in_tensor(name))?;
+            let quantized = rtn(&panel, last - first, cols, grid, None, None)
+                .map_err(|error| error.in_tensor(name))?;
             for (w, q) in panel.iter().zip(quantized.dequantize()) {
                 error += f64::from(w - q).powi(2);
                 signal += f64::from(*w).powi(2);
@@ -227,7 +315,13 @@ impl Job {
         }
         model.release(name);
         let relative_error = Some(if signal > 0.0 { error / signal } else { 0.0 });
-        self.reports.insert(HEAD.into(), TensorReport { relative_error, ..TensorReport::default() });
+        self.reports.insert(
+            HEAD.into(),
+            TensorReport {
+                relative_error,
+                ..TensorReport::default()
+            },
+        );
         Ok(())
     }
 
@@ -235,20 +329,28 @@ impl Job {
     fn keep(&mut self, model: &Model, plan: &Plan) -> Result<(), CliError> {
         for entry in &plan.entries {
             let name = &entry.spec.name;
-            let Some(Planned::Dense { dtype, shape, .. }) = &entry.planned else { continue };
+            let Some(Planned::Dense { dtype, shape, .. }) = &entry.planned else {
+                continue;
+            };
             if self.reports.contains_key(name) {
                 continue;
             }
-            let Some(Weight::Dense(view)) = model.weight(name) else { unreachable!("planned from this checkpoint") };
+            let Some(Weight::Dense(view)) = model.weight(name) else {
+                unreachable!("planned from this checkpoint")
+            };
             match *dtype == view.dtype {
                 true => self.writer.write_dense(name, *dtype, shape, view.bytes)?,
                 // A pass might have changed it, and did not.
-                false => self.writer.write_dense(name, Dtype::F32, shape, &f32_bytes(&view.to_f32()))?,
+                false => {
+                    self.writer
+                        .write_dense(name, Dtype::F32, shape, &f32_bytes(&view.to_f32()))?
+                }
             }
             model.release(name);
         }
         for name in &plan.files {
-            self.writer.write_file(name, model.file(name).expect("planned from this model"))?;
+            self.writer
+                .write_file(name, model.file(name).expect("planned from this model"))?;
         }
         Ok(())
     }
@@ -257,16 +359,31 @@ impl Job {
         let groups = groups(&plan);
         let mut manifest = plan.manifest;
         for (name, report) in &self.reports {
-            manifest.tensors.get_mut(name).expect("only planned tensors are rewritten").report = report.clone();
+            manifest
+                .tensors
+                .get_mut(name)
+                .expect("only planned tensors are rewritten")
+                .report = report.clone();
         }
         let (source_bytes, calibration) = (manifest.source.bytes, manifest.calibration.clone());
         let written = self.writer.finish(manifest)?;
         let linears = groups.iter().filter(|group| group.quantized);
-        let (bits, weights) = linears.fold((0, 0), |(bits, weights), group| (bits + 8 * group.bytes, weights + group.parameters));
+        let (bits, weights) = linears.fold((0, 0), |(bits, weights), group| {
+            (bits + 8 * group.bytes, weights + group.parameters)
+        });
         let parameters: u64 = groups.iter().map(|group| group.parameters).sum();
-        let errors: Vec<(&String, f64)> = self.reports.iter().filter_map(|(name, report)| Some((name, report.relative_error?))).collect();
+        let errors: Vec<(&String, f64)> = self
+            .reports
+            .iter()
+            .filter_map(|(name, report)| Some((name, report.relative_error?)))
+            .collect();
         let worst = errors.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
-        let fallbacks = self.reports.iter().flat_map(|(name, report)| report.fallbacks.iter().map(move |text| format!("{name}: {text}")));
+        let fallbacks = self.reports.iter().flat_map(|(name, report)| {
+            report
+                .fallbacks
+                .iter()
+                .map(move |text| format!("{name}: {text}"))
+        });
         Ok(Summary {
             method: recipe.quantize.method.name(),
             bits_per_weight: bits as f64 / weights as f64,
@@ -277,8 +394,12 @@ impl Job {
             seconds: 0.0,
             peak_rss_bytes: None,
             activation_bytes: 0,
-            relative_error_mean: (!errors.is_empty()).then(|| errors.iter().map(|e| e.1).sum::<f64>() / errors.len() as f64),
-            relative_error_max: worst.map(|(tensor, relative_error)| WorstTensor { tensor: tensor.clone(), relative_error }),
+            relative_error_mean: (!errors.is_empty())
+                .then(|| errors.iter().map(|e| e.1).sum::<f64>() / errors.len() as f64),
+            relative_error_max: worst.map(|(tensor, relative_error)| WorstTensor {
+                tensor: tensor.clone(),
+                relative_error,
+            }),
             fallbacks: fallbacks.collect(),
             calibration,
             sha256: written.sha256,
@@ -288,33 +409,72 @@ impl Job {
 }
 
 fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 fn describe(summary: &Summary, output: &Path) -> String {
     let mut text = crate::commands::plan::describe_groups(&summary.groups);
     let row = |name: &str, value: String| vec![name.to_string(), value];
     let mut rows = vec![
-        row("size", format!("{} of {} ({:.2}x smaller)", render::bytes(summary.bytes), render::bytes(summary.source_bytes), summary.ratio)),
-        row("bits per quantized weight", format!("{:.3}", summary.bits_per_weight)),
-        row("bits per parameter, all included", format!("{:.3}", summary.bits_per_parameter)),
+        row(
+            "size",
+            format!(
+                "{} of {} ({:.2}x smaller)",
+                render::bytes(summary.bytes),
+                render::bytes(summary.source_bytes),
+                summary.ratio
+            ),
+        ),
+        row(
+            "bits per quantized weight",
+            format!("{:.3}", summary.bits_per_weight),
+        ),
+        row(
+            "bits per parameter, all included",
+            format!("{:.3}", summary.bits_per_parameter),
+        ),
         row("time", format!("{:.1} s", summary.seconds)),
     ];
     if let Some(mean) = summary.relative_error_mean {
         rows.insert(3, row("relative output error, mean", format!("{mean:.2e}")));
     }
     if let Some(worst) = &summary.relative_error_max {
-        rows.insert(4, row("  largest", format!("{:.2e} in {}", worst.relative_error, worst.tensor)));
+        rows.insert(
+            4,
+            row(
+                "  largest",
+                format!("{:.2e} in {}", worst.relative_error, worst.tensor),
+            ),
+        );
     }
     if let Some(peak) = summary.peak_rss_bytes {
         let window = render::bytes(summary.activation_bytes);
-        rows.push(row("peak memory", format!("{} (of it {window} calibration activations)", render::bytes(peak))));
+        rows.push(row(
+            "peak memory",
+            format!(
+                "{} (of it {window} calibration activations)",
+                render::bytes(peak)
+            ),
+        ));
     }
     if let Some(calibration) = &summary.calibration {
-        let what = format!("{} windows of {} tokens: {}", calibration.windows, calibration.window_tokens, calibration.source);
+        let what = format!(
+            "{} windows of {} tokens: {}",
+            calibration.windows, calibration.window_tokens, calibration.source
+        );
         rows.push(row("calibration", what));
     }
-    rows.push(row("fallbacks", if summary.fallbacks.is_empty() { "none".into() } else { summary.fallbacks.len().to_string() }));
+    rows.push(row(
+        "fallbacks",
+        if summary.fallbacks.is_empty() {
+            "none".into()
+        } else {
+            summary.fallbacks.len().to_string()
+        },
+    ));
     rows.push(row("artifact", format!("{}", output.display())));
     text.push('\n');
     for row in &rows {

@@ -37,8 +37,23 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
         return Err(CliError::EmptyPrompt);
     }
     let decoder = Decoder::new(&parts)?;
-    let (temperature, top_k, top_p, min_p, seed) = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed);
-    let request = Request { prompt, sampling: Sampling { temperature, top_k, top_p, min_p, seed } };
+    let (temperature, top_k, top_p, min_p, seed) = (
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.seed,
+    );
+    let request = Request {
+        prompt,
+        sampling: Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+        },
+    };
     let prompt_tokens = request.prompt.len();
 
     let start = Instant::now();
@@ -48,27 +63,54 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
     let mut emit = |piece: Option<String>| -> Result<(), CliError> {
         let piece = piece.unwrap_or_default();
         text.push_str(&piece);
-        if show.json { Ok(()) } else { render::print(&piece).map_err(CliError::Stdout) }
+        if show.json {
+            Ok(())
+        } else {
+            render::print(&piece).map_err(CliError::Stdout)
+        }
     };
-    let done = generate(&decoder, &[request], args.max_tokens, tokenizer.eos(), |_, id| {
-        match stream.push(id).map_err(CliError::from).and_then(&mut emit) {
+    let done = generate(
+        &decoder,
+        &[request],
+        args.max_tokens,
+        tokenizer.eos(),
+        |_, id| match stream.push(id).map_err(CliError::from).and_then(&mut emit) {
             Ok(()) => true,
             Err(error) => {
                 failed = Some(error);
                 false
             }
-        }
-    })?;
+        },
+    )?;
     if let Some(error) = failed {
         return Err(error);
     }
     emit(stream.finish()?)?;
     let tokens = done[0].len();
-    let finish = if done[0].last().is_some_and(|id| tokenizer.eos().contains(id)) { "stop" } else { "length" };
+    let finish = if done[0]
+        .last()
+        .is_some_and(|id| tokenizer.eos().contains(id))
+    {
+        "stop"
+    } else {
+        "length"
+    };
     let seconds = start.elapsed().as_secs_f64();
-    show.print(&Generated { prompt_tokens, tokens, text, finish, seconds }, |_| "\n".into())?;
+    show.print(
+        &Generated {
+            prompt_tokens,
+            tokens,
+            text,
+            finish,
+            seconds,
+        },
+        |_| "\n".into(),
+    )?;
     if !show.json && !show.quiet {
-        eprintln!("{tokens} tokens in {seconds:.2} s, {:.1} tokens/s", tokens as f64 / seconds);
+        eprintln!(
+            "{tokens} tokens in {seconds:.2} s, {:.1} tokens/s",
+            tokens as f64 / seconds
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

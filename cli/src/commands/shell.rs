@@ -15,7 +15,10 @@ pub(crate) fn completions(shell: clap_complete::Shell) -> Result<ExitCode, CliEr
 }
 
 pub(crate) fn man(dir: &Path) -> Result<ExitCode, CliError> {
-    let write_error = |source| CliError::Write { path: dir.into(), source };
+    let write_error = |source| CliError::Write {
+        path: dir.into(),
+        source,
+    };
     std::fs::create_dir_all(dir).map_err(write_error)?;
     clap_mangen::generate_to(Cli::command(), dir).map_err(write_error)?;
     Ok(ExitCode::SUCCESS)

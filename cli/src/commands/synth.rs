@@ -46,9 +46,19 @@ pub(crate) fn run(args: &SynthArgs, show: Show) -> Result<ExitCode, CliError> {
     std::fs::write(&config_path, text).map_err(write_error(&config_path))?;
 
     let specs = spec::tensors(&config);
-    let parameters: u64 = specs.iter().map(|spec| spec.shape.iter().product::<usize>() as u64).sum();
-    let entries = specs.iter().map(|spec| (spec.name.clone(), Dtype::Bf16, spec.shape.clone())).collect();
-    let mut writer = SafetensorsWriter::create(&args.output.join("model.safetensors"), entries, Default::default())?;
+    let parameters: u64 = specs
+        .iter()
+        .map(|spec| spec.shape.iter().product::<usize>() as u64)
+        .sum();
+    let entries = specs
+        .iter()
+        .map(|spec| (spec.name.clone(), Dtype::Bf16, spec.shape.clone()))
+        .collect();
+    let mut writer = SafetensorsWriter::create(
+        &args.output.join("model.safetensors"),
+        entries,
+        Default::default(),
+    )?;
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     let mut progress = Progress::new("synthesizing", show.quiet);
     let mut done = 0;
@@ -64,7 +74,13 @@ pub(crate) fn run(args: &SynthArgs, show: Show) -> Result<ExitCode, CliError> {
     }
     writer.finish()?;
     progress.finish();
-    show.print(&Synthesized { parameters, bytes: 2 * parameters }, |s| format!("{} parameters, {}\n", s.parameters, render::bytes(s.bytes)))?;
+    show.print(
+        &Synthesized {
+            parameters,
+            bytes: 2 * parameters,
+        },
+        |s| format!("{} parameters, {}\n", s.parameters, render::bytes(s.bytes)),
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -78,7 +94,9 @@ fn weights(rng: &mut ChaCha8Rng, spec: &TensorSpec, count: usize) -> Vec<u8> {
     let deviation = 1.0 / (*spec.shape.last().expect("weights have a shape") as f32).sqrt();
     let weight = |bits: u64| {
         // The sum of four uniform numbers: near enough to normal for a shape test, and cheap.
-        let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65_535.0 - 0.5).sum();
+        let sum: f32 = (0..4)
+            .map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65_535.0 - 0.5)
+            .sum();
         one(sum * 3f32.sqrt() * deviation)
     };
     (0..count).flat_map(|_| weight(rng.next_u64())).collect()

@@ -35,7 +35,12 @@ pub(crate) fn run(path: &Path, show: Show) -> Result<ExitCode, CliError> {
     if let Some(error) = &error {
         render::error(error, error.hint());
     }
-    let verified = Verified { ok: error.is_none(), bytes, tensors: artifact.manifest().tensors.len(), error: error.map(|e| e.to_string()) };
+    let verified = Verified {
+        ok: error.is_none(),
+        bytes,
+        tensors: artifact.manifest().tensors.len(),
+        error: error.map(|e| e.to_string()),
+    };
     show.print(&verified, |v| match v.ok {
         true => format!("ok: {} tensors, {}\n", v.tensors, render::bytes(v.bytes)),
         false => String::new(),

@@ -158,7 +158,7 @@ fn the_helper_alone_changes_nothing() {
 #[test]
 fn a_manifest_that_does_not_fit_is_refused() {
     type Edit = fn(&mut Value);
-    let cases: [(Edit, &[&str]); 15] = [
+    let cases: [(Edit, &[&str]); 16] = [
         (
             |m| m["format_version"] = json!(2),
             &["version 2", "reads 1", "newer release"],
@@ -206,6 +206,10 @@ fn a_manifest_that_does_not_fit_is_refused() {
         (
             |m| m["tensors"]["norm.weight"]["shape"] = json!([4]),
             &["`norm.weight`", "BF16 [4]", "BF16 [5]"],
+        ),
+        (
+            |m| m["tensors"]["tied.weight"]["shape"] = json!([16, 70]),
+            &["`tied.weight`", "`a.weight`", "same shape"],
         ),
         (
             |m| m["tensors"]["tied.weight"]["fate"]["of"] = json!("inv_freq"),

@@ -31,7 +31,7 @@ fn every_kind_of_bad_header_is_named() {
             tensor("b", "U8", "[4]", b)
         )
     };
-    let cases: [(String, &[&str]); 19] = [
+    let cases: [(String, &[&str]); 20] = [
         (
             one("F16", "[2,3]", "[0,8]"),
             &["`w`", "[2, 3]", "F16", "12 bytes", "span 8"],
@@ -86,6 +86,10 @@ fn every_kind_of_bad_header_is_named() {
         (
             r#"{"w":{"dtype":"U8","dtype":"I8","shape":[8],"data_offsets":[0,8]}}"#.to_owned(),
             &["`w`", "duplicate field `dtype`"],
+        ),
+        (
+            r#"{"w":{"dtype":"U8","shape":[8],"data_offsets":[0,8],"strides":[1]}}"#.to_owned(),
+            &["`w`", "unknown field `strides`"],
         ),
         (
             r#"{"__metadata__":{"k":"1","k":"2"}}"#.to_owned(),

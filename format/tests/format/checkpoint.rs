@@ -121,6 +121,10 @@ fn a_folder_stands_for_its_index_then_its_model_then_its_single_file() {
     let model = Model::open(&at.join("model.safetensors.index.json")).expect("index");
     assert!(matches!(&model, Model::Checkpoint(_)));
     assert_eq!(model.names().count(), 4);
+    let weight = model.weight("model.b").expect("there");
+    let mut row = [f32::NAN; 3];
+    weight.read_rows_f32(1..2, &mut row);
+    assert_eq!((weight.shape(), row), (vec![2, 3], [3.0, 4.0, 5.0]));
 }
 
 #[test]
@@ -165,7 +169,8 @@ fn an_index_that_does_not_fit_its_shards_is_refused() {
         map.push((tensor, shard));
         map
     };
-    let cases: [(Vec<(&str, &str)>, &[&str]); 8] = [
+    type Map = Vec<(&'static str, &'static str)>;
+    let cases: [(Map, &[&str]); 8] = [
         (
             with("model.a", "m-3.safetensors"),
             &["m-3.safetensors", "missing", "model.a"],

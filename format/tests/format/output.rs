@@ -51,7 +51,12 @@ fn a_failed_write_leaves_the_old_artifact() {
     let error = small.write(&path).expect_err("infinite");
     check_words(&error, &["`a.weight`", "group 2 in row 1", "inf", "finite"]);
     small.matrices[0].1.scales[5] = f16::NAN;
-    small.write(&path).expect_err("not a number");
+    let (name, matrix) = &small.matrices[0];
+    let mut writer = small.writer(&path, 1000);
+    writer
+        .write_quantized(name, matrix)
+        .expect_err("not a number");
+    drop(writer);
     assert_eq!(list(folder.path()), ["m.qbin"]);
     assert!(fs::read(&path).expect("read") == before);
 }
@@ -134,7 +139,9 @@ fn an_input_is_not_overwritten() {
     }
     // The temporary file counts as well.
     fs::rename(at("copy"), at("x.partial")).expect("rename");
-    check_output(&at("x"), once(at("x.partial").as_path())).expect_err("the partial file");
+    for name in ["x.partial", "sub/../x.partial"] {
+        check_output(&at("x"), once(at(name).as_path())).expect_err(name);
+    }
 }
 
 #[test]

@@ -34,12 +34,18 @@ impl Random {
 pub(crate) fn activations(random: &mut Random, tokens: usize, n: usize) -> Vec<f32> {
     let size: Vec<f64> = (0..n).map(|_| (0.8 * random.normal()).exp()).collect();
     let rank = n.div_ceil(4);
-    let mix: Vec<f64> = (0..rank * n).map(|_| random.normal() / (rank as f64).sqrt()).collect();
+    let mix: Vec<f64> = (0..rank * n)
+        .map(|_| random.normal() / (rank as f64).sqrt())
+        .collect();
     let mut x = Vec::with_capacity(tokens * n);
     for _ in 0..tokens {
         let latent: Vec<f64> = (0..rank).map(|_| random.normal()).collect();
         for col in 0..n {
-            let shared: f64 = latent.iter().enumerate().map(|(k, z)| z * mix[k * n + col]).sum();
+            let shared: f64 = latent
+                .iter()
+                .enumerate()
+                .map(|(k, z)| z * mix[k * n + col])
+                .sum();
             x.push((size[col] * (shared + 0.5 * random.normal())) as f32);
         }
     }
@@ -53,7 +59,12 @@ pub(crate) fn moments(x: &[f32], n: usize) -> Moments {
 }
 
 pub(crate) fn grid(bits: u8, symmetric: bool, granularity: Granularity) -> Grid {
-    Grid { bits, symmetric, granularity, search: ScaleSearch::None }
+    Grid {
+        bits,
+        symmetric,
+        granularity,
+        search: ScaleSearch::None,
+    }
 }
 
 /// `Σ ‖ΔW·x‖² / Σ ‖W·x‖²`, straight from its definition in f64.
