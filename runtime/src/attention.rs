@@ -2,6 +2,7 @@
 
 use crate::ModelConfig;
 use crate::gemm::matmul_view;
+use crate::math;
 use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
@@ -124,11 +125,9 @@ fn softmax_between(scores: &mut [f32], from: usize, to: usize) {
     scores[..from].fill(0.0);
     scores[to..].fill(0.0);
     let seen = &mut scores[from..to];
-    let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for score in seen.iter_mut() {
-        *score = (*score - max).exp();
-        sum += *score;
-    }
-    seen.iter_mut().for_each(|score| *score /= sum);
+    let max = math::max(seen);
+    seen.iter_mut()
+        .for_each(|score| *score = math::exp(*score - max));
+    let scale = 1.0 / math::sum(seen, |score| score);
+    seen.iter_mut().for_each(|score| *score *= scale);
 }

@@ -6,11 +6,15 @@
 use crate::attention::{Span, attend};
 use crate::kv_cache::BlockCache;
 use crate::linear::check_finite;
+use crate::math;
 use crate::rope::Rope;
 use crate::spec::{LinearKind, QK_NORMS, bias_name, block_tensor, weight_name};
 use crate::{KvCache, Linear, Matrix, ModelConfig, RuntimeError};
 use qbin_format::Model;
 use rayon::prelude::*;
+
+/// Elements of a unit of elementwise work.
+const ELEMENTS: usize = 1 << 14;
 
 /// Half of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -151,10 +155,13 @@ impl<'m> Block<'m> {
             Sublayer::Mlp => {
                 let mut gate = self.linear(LinearKind::Gate).apply(normed);
                 let up = self.linear(LinearKind::Up).apply(normed);
-                gate.par_iter_mut()
-                    .zip(&up)
-                    .with_min_len(4096)
-                    .for_each(|(gate, up)| *gate = silu(*gate) * up);
+                gate.par_chunks_mut(ELEMENTS)
+                    .zip(up.par_chunks(ELEMENTS))
+                    .for_each(|(gate, up)| {
+                        gate.iter_mut()
+                            .zip(up)
+                            .for_each(|(gate, up)| *gate = silu(*gate) * up);
+                    });
                 gate
             }
         }
@@ -275,7 +282,7 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
         .zip(x.par_chunks(width))
         .with_min_len(32)
         .for_each(|(out, x)| {
-            let mean = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
+            let mean = math::sum(x, |x| x * x) / width as f32;
             let scale = 1.0 / (mean + eps).sqrt();
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
                 *out = x * scale * weight;
@@ -284,13 +291,16 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     out
 }
 
+/// `x += y`.
 pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    x.par_iter_mut()
-        .zip(y)
-        .with_min_len(4096)
-        .for_each(|(x, y)| *x += y);
+    x.par_chunks_mut(ELEMENTS)
+        .zip(y.par_chunks(ELEMENTS))
+        .for_each(|(x, y)| {
+            x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+        });
 }
 
+#[inline(always)]
 fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
+    x / (1.0 + math::exp(-x))
 }

@@ -3,6 +3,7 @@
 //! Every figure belongs to a [`Protocol`], because the same words name different numbers. Errors are
 //! standard errors over windows: tokens of one window are not independent of each other.
 
+use crate::math;
 use crate::{Decoder, RuntimeError};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -312,10 +313,12 @@ impl Pair {
     fn of(base: &[f32], model: &[f32], target: usize) -> Self {
         let same_top = crate::sampler::argmax(base) == crate::sampler::argmax(model);
         let (base, model) = (log_softmax(base), log_softmax(model));
-        let kl = base
+        let p: Vec<f32> = base.iter().map(|&ln_p| math::exp(ln_p as f32)).collect();
+        let kl = p
             .iter()
+            .zip(&base)
             .zip(&model)
-            .map(|(p, q)| p.exp() * (p - q))
+            .map(|((&p, ln_p), ln_q)| f64::from(p) * (ln_p - ln_q))
             .sum();
         Self {
             base_nll: -base[target],
@@ -328,11 +331,10 @@ impl Pair {
 
 /// Log probabilities, in f64: the differences of close models live in the last digits.
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits
-        .iter()
-        .map(|&logit| f64::from(logit - max).exp())
-        .sum();
+    let max = math::max(logits);
+    // Apart from the sum, whose fixed order keeps it off vectors.
+    let exponentials: Vec<f32> = logits.iter().map(|&logit| math::exp(logit - max)).collect();
+    let sum: f64 = exponentials.iter().map(|&value| f64::from(value)).sum();
     let shift = f64::from(max) + sum.ln();
     logits
         .iter()

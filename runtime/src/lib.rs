@@ -18,6 +18,7 @@ mod gemm;
 pub mod generate;
 mod kv_cache;
 mod linear;
+mod math;
 mod rope;
 mod sampler;
 pub mod spec;

@@ -1,7 +1,9 @@
-//! What the end-to-end tests share: comparators and the golden values.
+//! What the end-to-end tests share: comparators, golden values, small checkpoints, and running the program.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod close;
+pub mod run;
 
 use std::path::{Path, PathBuf};
 

@@ -11,14 +11,14 @@ use crate::{loaded, render};
 use qbin_calib_data::{Generator, Source, Tokenizer, WindowSpec, Windows};
 use qbin_format::{
     ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
-    TensorReport, Weight, check_output,
+    TensorReport, TensorView, Weight, check_output,
 };
 use qbin_prune::PrunePass;
 use qbin_quant::{Grid, QuantPass, rtn};
 use qbin_runtime::generate::{Request, generate};
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
-use qbin_runtime::{Decoder, Parts, Sampling};
+use qbin_runtime::{Decoder, Parts, RuntimeError, Sampling};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,6 +27,8 @@ use std::time::Instant;
 
 /// Rows of the head in memory at once; a multiple of the artifact's tile height.
 const HEAD_ROWS: usize = 4096;
+/// Weights checked at once.
+const CHECK_WEIGHTS: usize = 1 << 18;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -86,7 +88,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         reports: BTreeMap::new(),
         show,
     };
-    plan.manifest.source = job.hash(checkpoint);
+    plan.manifest.source = job.read_source(checkpoint)?;
     job.walk(&parts, &recipe, windows.as_ref())?;
     if let Some(grid) = head_grid(recipe.head, &parts.config) {
         job.head(&model, &parts, &grid)?;
@@ -218,20 +220,24 @@ struct Job {
 }
 
 impl Job {
-    /// The digest of the checkpoint's tensors; pages are given back as it goes.
-    fn hash(&self, checkpoint: &Checkpoint) -> SourceInfo {
+    /// Reads every tensor once: all weights must be finite, and their digest names the source. Pages are
+    /// given back as it goes.
+    fn read_source(&self, checkpoint: &Checkpoint) -> Result<SourceInfo, CliError> {
         let mut progress = Progress::new("reading", self.show.quiet);
         let mut hasher = SourceHasher::new();
         let mut done = 0;
         for name in checkpoint.names() {
             let view = checkpoint.tensor(name).expect("one of its own names");
+            if view.dtype.is_float_weight() {
+                check_finite(&view)?;
+            }
             hasher.add(&view);
             checkpoint.release(name);
             done += view.bytes.len() as u64;
             progress.set(done, checkpoint.total_bytes(), name);
         }
         progress.finish();
-        hasher.finish()
+        Ok(hasher.finish())
     }
 
     /// Runs the recipe's passes over the blocks and writes what they make.
@@ -406,6 +412,26 @@ impl Job {
             groups,
         })
     }
+}
+
+/// # Errors
+/// The first weight that is NaN or infinite.
+fn check_finite(view: &TensorView<'_>) -> Result<(), CliError> {
+    let mut chunk = vec![0f32; view.len().min(CHECK_WEIGHTS)];
+    for start in (0..view.len()).step_by(CHECK_WEIGHTS) {
+        let chunk = &mut chunk[..CHECK_WEIGHTS.min(view.len() - start)];
+        view.read_f32(start, chunk);
+        if let Some(at) = chunk.iter().position(|value| !value.is_finite()) {
+            let (tensor, index, value) = (view.name.to_string(), start + at, chunk[at]);
+            return Err(RuntimeError::NonFinite {
+                tensor,
+                index,
+                value,
+            }
+            .into());
+        }
+    }
+    Ok(())
 }
 
 fn f32_bytes(values: &[f32]) -> Vec<u8> {
