@@ -119,7 +119,6 @@ pub fn gptq(
     params: &GptqParams,
 ) -> Result<Gptq, QuantError> {
     assert_eq!(hessian.n(), cols, "hessian is not [cols, cols]");
-    check_weight(weight, rows, cols)?;
     Factor::new(hessian, params)?.quantize(weight, rows, &params.grid)
 }
 

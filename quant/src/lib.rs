@@ -24,7 +24,7 @@ pub use awq::{
 };
 pub use error::QuantError;
 pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, gptq};
-pub use grid::{Grid, GroupParams, Granularity, Rounder, ScaleSearch};
+pub use grid::{Granularity, Grid, GroupParams, Rounder, ScaleSearch};
 pub use hessian::{Hessian, Metric, Moments};
 pub use pass::QuantPass;
 pub use recipe::{Fate, GridSpec, GroupSize, Method, Override, QuantRecipe};

@@ -243,3 +243,74 @@ impl<'a, 'b> Refinement<'a, 'b> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Each of the two steps alone, on a case where the best answer is known.
+
+    use half::f16;
+    use rayon::prelude::*;
+
+    use super::*;
+    use crate::grid::{Granularity, ScaleSearch};
+    use crate::rtn::Parts;
+
+    /// Sixteen weights on the levels of scale 0.5, given with `scale` and `codes`; after one sweep.
+    fn refined(scale: f32, codes: [u8; 16]) -> (Vec<f16>, Vec<u8>, Gain) {
+        let grid = Grid {
+            bits: 4,
+            symmetric: false,
+            granularity: Granularity::Channel,
+            search: ScaleSearch::None,
+        };
+        let weight: Vec<f32> = (0..16).map(|code| 0.5 * (code as f32 - 8.0)).collect();
+        let identity: Vec<f64> = (0..256)
+            .map(|i| if i / 16 == i % 16 { 1.0 } else { 0.0 })
+            .collect();
+        let curvature = Curvature::new(16, &identity);
+        let mut parts = Parts::new(1, 16, &grid);
+        let gain = parts
+            .par_panels(1)
+            .map(|mut panel| {
+                panel.set(
+                    0,
+                    GroupParams {
+                        scale,
+                        zero_point: 8,
+                    },
+                );
+                panel.codes.copy_from_slice(&codes);
+                refine(&curvature, &grid, &weight, &mut panel, 1)
+            })
+            .find_any(|_| true)
+            .expect("one panel");
+        let matrix = parts.finish();
+        (matrix.scales, matrix.codes, gain)
+    }
+
+    #[test]
+    fn a_scale_is_fitted_to_its_codes() {
+        let codes: [u8; 16] = std::array::from_fn(|code| code as u8);
+        let (scales, kept, gain) = refined(0.5625, codes);
+        assert_eq!((scales[0].to_f32(), kept), (0.5, codes.to_vec()));
+        // Σ (code − 8)² = 344 times the square of 1/16.
+        assert_eq!((gain.loss, gain.error), (344.0 / 256.0, 0.0));
+    }
+
+    #[test]
+    fn a_code_is_moved_to_its_best_level() {
+        let codes: [u8; 16] = std::array::from_fn(|code| code as u8);
+        let mut wrong = codes;
+        // Around the zero point and balanced, so that the scale that fits best stays what it is.
+        (wrong[8], wrong[3], wrong[13]) = (9, 4, 14);
+        let (scales, moved, gain) = refined(0.5, wrong);
+        assert_eq!(moved, codes);
+        assert!((scales[0].to_f32() - 0.5).abs() < 0.01);
+        assert!(
+            gain.loss > 0.7 && gain.error < 0.04,
+            "{} {}",
+            gain.loss,
+            gain.error
+        );
+    }
+}

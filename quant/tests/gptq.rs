@@ -99,14 +99,17 @@ fn reference(weight: &[f32], cols: usize, x: &[f32], params: &GptqParams) -> Vec
                 .iter()
                 .map(|&w| w as f32)
                 .collect();
-            let chosen = grid.params(&current, None);
+            let weights: Vec<f32> = (place..place + group.len())
+                .map(|place| (1.0 / u.at(place, place)).powi(2) as f32)
+                .collect();
+            let chosen = grid.params(&current, Some(&weights));
             let rounder = grid.rounder(chosen);
             for _ in group {
                 let steps = rounder.steps(w[place] as f32);
                 codes[order[place]] = rounder.code(steps);
                 let error = (w[place] - f64::from(rounder.value(steps))) / u.at(place, place);
-                for later in place..cols {
-                    w[later] -= error * u.at(place, later);
+                for (later, w) in w.iter_mut().enumerate().skip(place) {
+                    *w -= error * u.at(place, later);
                 }
                 place += 1;
             }
@@ -136,18 +139,35 @@ fn codes_equal_those_of_the_reference() {
     for (case, granularity) in granularities.into_iter().enumerate() {
         for (bits, symmetric) in [(3, false), (3, true), (4, false), (4, true), (8, true)] {
             for act_order in [ActOrder::None, ActOrder::Group] {
-                for update_block in [1, 16, 40, 1000] {
+                for (update_block, search) in [
+                    (1, ScaleSearch::None),
+                    (16, ScaleSearch::Weighted),
+                    (40, ScaleSearch::None),
+                    (1000, ScaleSearch::None),
+                ] {
                     let (rows, cols) = (37, 64);
                     let mut random = Random(1000 + case as u64);
                     let x = activations(&mut random, 200, cols);
                     let weight = random.normals(rows * cols, 0.05);
-                    let params =
-                        params(grid(bits, symmetric, granularity), act_order, update_block);
+                    let grid = Grid {
+                        search,
+                        ..grid(bits, symmetric, granularity)
+                    };
+                    let params = params(grid, act_order, update_block);
                     let ours = gptq(&weight, rows, cols, moments(&x, cols), &params).unwrap();
                     let expected = reference(&weight, cols, &x, &params);
+                    let pairs = ours.quantized.codes.chunks(cols).zip(expected.chunks(cols));
+                    let equal = pairs.filter(|(ours, expected)| ours == expected).count();
+                    // The search compares sums, and where two candidates are as good as equal the last bit
+                    // of a weight of the sum decides.
+                    let needed = if search == ScaleSearch::None {
+                        rows
+                    } else {
+                        rows * 3 / 4
+                    };
                     assert!(
-                        ours.quantized.codes == expected,
-                        "{granularity:?} {bits} bits symmetric {symmetric} {act_order:?} {update_block}"
+                        equal >= needed,
+                        "{granularity:?} {bits} bits symmetric {symmetric} {act_order:?} {update_block}: {equal} rows"
                     );
                 }
             }
@@ -258,20 +278,27 @@ fn refinement_only_lowers_the_loss() {
 #[test]
 fn reported_error_is_the_one_of_the_definition() {
     for (seed, tokens) in [(1, 400), (2, 20)] {
-        let (rows, cols) = (33, 80);
-        let mut random = Random(seed);
-        let x = activations(&mut random, tokens, cols);
-        let weight = random.normals(rows * cols, 0.05);
-        let params = params(grid(4, false, Granularity::Group(32)), ActOrder::Group, 32);
-        let ours = gptq(&weight, rows, cols, moments(&x, cols), &params).unwrap();
-        let exact = relative_error(&weight, &ours.quantized.dequantize(), &x, cols);
-        // f32 sums of `cols` terms on both sides, and the damping taken out again.
-        let tolerance = exact * 1e-3 + cols as f64 * f64::from(f32::EPSILON) * params.damp_fraction;
-        let got = ours.report.relative_error;
-        assert!(
-            (got - exact).abs() <= tolerance,
-            "got {got}, expected {exact}"
-        );
+        for refine_sweeps in [0, 3] {
+            let (rows, cols) = (33, 80);
+            let mut random = Random(seed);
+            let x = activations(&mut random, tokens, cols);
+            let weight = random.normals(rows * cols, 0.05);
+            let grid = grid(4, false, Granularity::Group(32));
+            let params = GptqParams {
+                refine_sweeps,
+                ..GptqParams::new(grid)
+            };
+            let ours = gptq(&weight, rows, cols, moments(&x, cols), &params).unwrap();
+            let exact = relative_error(&weight, &ours.quantized.dequantize(), &x, cols);
+            // f32 sums of `cols` terms on both sides, and the damping taken out again.
+            let rounding = cols as f64 * f64::from(f32::EPSILON);
+            let tolerance = exact * 1e-3 + rounding * params.damp_fraction;
+            let got = ours.report.relative_error;
+            assert!(
+                (got - exact).abs() <= tolerance,
+                "got {got}, expected {exact}"
+            );
+        }
     }
 }
 

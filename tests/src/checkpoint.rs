@@ -45,12 +45,21 @@ impl RawCheckpoint {
             "vocab_size": VOCAB, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "tie_word_embeddings": false, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
         });
-        let mut checkpoint = Self { config, tensors: Vec::new() };
+        let mut checkpoint = Self {
+            config,
+            tensors: Vec::new(),
+        };
         let mut random = Random(seed);
-        let mut push = |name: &str, shape: &[usize]| checkpoint.tensors.push(RawTensor::random(name, shape, &mut random));
+        let mut push = |name: &str, shape: &[usize]| {
+            checkpoint
+                .tensors
+                .push(RawTensor::random(name, shape, &mut random))
+        };
         push("model.embed_tokens.weight", &[VOCAB, HIDDEN]);
         for block in 0..2 {
-            let mut push = |name: &str, shape: &[usize]| push(&format!("model.layers.{block}.{name}.weight"), shape);
+            let mut push = |name: &str, shape: &[usize]| {
+                push(&format!("model.layers.{block}.{name}.weight"), shape)
+            };
             push("input_layernorm", &[HIDDEN]);
             push("self_attn.q_proj", &[HIDDEN, HIDDEN]);
             push("self_attn.k_proj", &[HIDDEN / 2, HIDDEN]);
@@ -72,7 +81,10 @@ impl RawCheckpoint {
     /// If there is none.
     #[track_caller]
     pub fn tensor(&mut self, name: &str) -> &mut RawTensor {
-        self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap_or_else(|| panic!("no `{name}`"))
+        self.tensors
+            .iter_mut()
+            .find(|tensor| tensor.name == name)
+            .unwrap_or_else(|| panic!("no `{name}`"))
     }
 
     /// Writes `config.json` and `model.safetensors` into a folder, which is made.
@@ -94,12 +106,22 @@ impl RawCheckpoint {
         // By turns, so that a block is spread over all shards.
         for shard in 0..3 {
             let name = format!("model-{:05}-of-00003.safetensors", shard + 1);
-            let tensors: Vec<RawTensor> = self.tensors.iter().skip(shard).step_by(3).cloned().collect();
+            let tensors: Vec<RawTensor> = self
+                .tensors
+                .iter()
+                .skip(shard)
+                .step_by(3)
+                .cloned()
+                .collect();
             fs::write(folder.join(&name), file(&tensors)).expect("write a shard");
             weight_map.extend(tensors.into_iter().map(|tensor| (tensor.name, json!(name))));
         }
         let index = json!({"metadata": {}, "weight_map": weight_map});
-        fs::write(folder.join("model.safetensors.index.json"), index.to_string()).expect("write the index");
+        fs::write(
+            folder.join("model.safetensors.index.json"),
+            index.to_string(),
+        )
+        .expect("write the index");
     }
 
     fn write_config(&self, folder: &Path) {
@@ -118,7 +140,12 @@ impl RawTensor {
         };
         let count = shape.iter().product();
         let bytes = (0..count).flat_map(|_| bf16(value())).collect();
-        Self { name: name.into(), dtype: "BF16".into(), shape: shape.into(), bytes }
+        Self {
+            name: name.into(),
+            dtype: "BF16".into(),
+            shape: shape.into(),
+            bytes,
+        }
     }
 
     /// Writes a BF16 value over element `at`.
@@ -133,15 +160,30 @@ pub fn file(tensors: &[RawTensor]) -> Vec<u8> {
     let entries = tensors.iter().map(|tensor| {
         let start = end;
         end += tensor.bytes.len();
-        format!("{}:{}", json!(tensor.name), json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}))
+        format!(
+            "{}:{}",
+            json!(tensor.name),
+            json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]})
+        )
     });
     let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
-    with_header(&header, &tensors.iter().flat_map(|tensor| tensor.bytes.clone()).collect::<Vec<_>>())
+    with_header(
+        &header,
+        &tensors
+            .iter()
+            .flat_map(|tensor| tensor.bytes.clone())
+            .collect::<Vec<_>>(),
+    )
 }
 
 /// A safetensors file with this header, whatever it says, and this data.
 pub fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+    [
+        &(header.len() as u64).to_le_bytes(),
+        header.as_bytes(),
+        data,
+    ]
+    .concat()
 }
 
 /// Header and data of a safetensors file.
@@ -181,8 +223,18 @@ mod tests {
         let checkpoint = RawCheckpoint::random(1);
         let bytes = file(&checkpoint.tensors);
         let (header, data) = split(&bytes);
-        assert_eq!(header.as_object().expect("an object").len(), checkpoint.tensors.len());
-        assert_eq!(data.len(), checkpoint.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>());
+        assert_eq!(
+            header.as_object().expect("an object").len(),
+            checkpoint.tensors.len()
+        );
+        assert_eq!(
+            data.len(),
+            checkpoint
+                .tensors
+                .iter()
+                .map(|tensor| tensor.bytes.len())
+                .sum::<usize>()
+        );
         assert_eq!(header["lm_head.weight"]["shape"], json!([VOCAB, HIDDEN]));
         assert_eq!(header["lm_head.weight"]["data_offsets"][1], data.len());
     }
@@ -193,7 +245,10 @@ mod tests {
         let values: Vec<f32> = (0..10_000).map(|_| random.next()).collect();
         let mean = values.iter().sum::<f32>() / values.len() as f32;
         let square = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
-        assert!(mean.abs() < 0.03 && (square - 1.0 / 3.0).abs() < 0.02, "{mean} {square}");
+        assert!(
+            mean.abs() < 0.03 && (square - 1.0 / 3.0).abs() < 0.02,
+            "{mean} {square}"
+        );
         assert!(values.iter().all(|value| (-1.0..1.0).contains(value)));
         let first = |seed| RawCheckpoint::random(seed).tensors[0].bytes.clone();
         assert!(first(1) == first(1) && first(1) != first(2));

@@ -31,8 +31,12 @@ impl Lab {
     /// # Panics
     /// If there is no place for temporary files.
     pub fn new(program: &str) -> Self {
-        let lab = Self { program: program.into(), folder: TempDir::with_prefix("qbin-test-").expect("a temporary folder") };
-        std::os::unix::fs::symlink(crate::root().join("tests/models/tiny-1m"), lab.path("tiny")).expect("link the tiny model");
+        let lab = Self {
+            program: program.into(),
+            folder: TempDir::with_prefix("qbin-test-").expect("a temporary folder"),
+        };
+        std::os::unix::fs::symlink(crate::root().join("tests/models/tiny-1m"), lab.path("tiny"))
+            .expect("link the tiny model");
         lab
     }
 
@@ -56,11 +60,25 @@ impl Lab {
     /// # Panics
     /// If the ids are not whole windows, or it cannot be written.
     pub fn write_npy(&self, name: &str, tokens: usize, ids: &[i32]) {
-        assert!(ids.len().is_multiple_of(tokens), "ids are not [windows, {tokens}]");
-        let dict = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {tokens}), }}", ids.len() / tokens);
+        assert!(
+            ids.len().is_multiple_of(tokens),
+            "ids are not [windows, {tokens}]"
+        );
+        let dict = format!(
+            "{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {tokens}), }}",
+            ids.len() / tokens
+        );
         // Magic, version, length, text and a line feed are together a multiple of 64 bytes.
-        let text = format!("{dict:<width$}\n", width = (dict.len() + 11).next_multiple_of(64) - 11);
-        let mut bytes = [b"\x93NUMPY\x01\x00".as_slice(), &(text.len() as u16).to_le_bytes(), text.as_bytes()].concat();
+        let text = format!(
+            "{dict:<width$}\n",
+            width = (dict.len() + 11).next_multiple_of(64) - 11
+        );
+        let mut bytes = [
+            b"\x93NUMPY\x01\x00".as_slice(),
+            &(text.len() as u16).to_le_bytes(),
+            text.as_bytes(),
+        ]
+        .concat();
         ids.iter().for_each(|id| bytes.extend(id.to_le_bytes()));
         self.write(name, bytes);
     }
@@ -80,7 +98,15 @@ impl Lab {
     /// If it cannot be listed.
     pub fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.folder.path()).expect("list the folder");
-        let mut names: Vec<String> = entries.map(|entry| entry.expect("list the folder").file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<String> = entries
+            .map(|entry| {
+                entry
+                    .expect("list the folder")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .collect();
         names.sort();
         names
     }
@@ -97,7 +123,12 @@ impl Lab {
 
     /// Runs a shell script in which `"$@"` is the program with its arguments, divided by white space.
     pub fn run_in_shell(&self, script: &str, args: &str) -> Outcome {
-        self.outcome(Command::new("sh").args(["-c", script, "sh"]).arg(&self.program).args(args.split_whitespace()))
+        self.outcome(
+            Command::new("sh")
+                .args(["-c", script, "sh"])
+                .arg(&self.program)
+                .args(args.split_whitespace()),
+        )
     }
 
     /// Runs it and returns what it printed.
@@ -119,19 +150,68 @@ impl Lab {
     pub fn json(&self, args: &str) -> Value {
         let stdout = self.succeed(&format!("{args} --json"));
         assert_eq!(stdout.lines().count(), 1, "`{args}` printed {stdout}");
-        let value: Value = serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("`{args}`: {error} in {stdout}"));
+        let value: Value = serde_json::from_str(&stdout)
+            .unwrap_or_else(|error| panic!("`{args}`: {error} in {stdout}"));
         assert!(value.is_object(), "`{args}` printed {stdout}");
         value
     }
 
+    /// Asserts that it cannot be done: status 2, a message that holds `words`, and nothing left behind. Where the
+    /// output is `out.qbin`, that is tried over a file of this name, too, which must stay as it is.
+    ///
+    /// # Panics
+    /// If it is otherwise.
+    #[track_caller]
+    pub fn refuse(&self, args: &str, words: &[&str]) {
+        let before = self.names();
+        self.run(args).assert_refused(args, words);
+        assert_eq!(self.names(), before, "`{args}` left something behind");
+        if args.contains(" out.qbin") && !before.iter().any(|name| name == "out.qbin") {
+            self.write("out.qbin", "an artifact of an earlier run");
+            self.run(args).assert_refused(args, words);
+            assert!(
+                self.read("out.qbin") == b"an artifact of an earlier run",
+                "`{args}` touched what was there"
+            );
+            fs::remove_file(self.path("out.qbin")).expect("remove");
+            assert_eq!(self.names(), before, "`{args}` left something behind");
+        }
+    }
+
     fn outcome(&self, command: &mut Command) -> Outcome {
         // Nothing may depend on who runs the tests.
-        let output = command.current_dir(self.folder.path()).env_remove("HOME").output().expect("start the program");
+        let output = command
+            .current_dir(self.folder.path())
+            .env_remove("HOME")
+            .output()
+            .expect("start the program");
         let text = |bytes: Vec<u8>| {
             let text = String::from_utf8(bytes).expect("the program prints UTF-8");
             text.replace(&self.folder.path().display().to_string(), "LAB")
         };
-        Outcome { status: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+        Outcome {
+            status: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
+    }
+}
+
+impl Outcome {
+    /// Asserts status 2 and an error message that holds `words`, and nothing on stdout.
+    ///
+    /// # Panics
+    /// If it is otherwise.
+    #[track_caller]
+    pub fn assert_refused(&self, args: &str, words: &[&str]) {
+        let text = &self.stderr;
+        assert!(!text.contains("panicked"), "`{args}`: {text}");
+        assert_eq!(self.status, Some(2), "`{args}`: {text}{}", self.stdout);
+        assert_eq!(self.stdout, "", "`{args}`");
+        assert!(text.starts_with("error: "), "`{args}`: {text}");
+        for word in words {
+            assert!(text.contains(word), "`{args}`: no `{word}` in: {text}");
+        }
     }
 }
 
@@ -144,6 +224,10 @@ pub fn copy_folder(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).expect("list a folder") {
         let path = entry.expect("list a folder").path();
         // Not `fs::copy`: that would copy a read-only file's mode, and tests damage their copies.
-        fs::write(to.join(path.file_name().expect("a file")), fs::read(&path).expect("read a file")).expect("copy a file");
+        fs::write(
+            to.join(path.file_name().expect("a file")),
+            fs::read(&path).expect("read a file"),
+        )
+        .expect("copy a file");
     }
 }
