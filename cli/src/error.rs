@@ -95,6 +95,7 @@ impl CliError {
             Self::Runtime(error) => error.hint(),
             Self::Calibration(error) => error.hint(),
             Self::Quant(error) => error.hint(),
+            Self::Prune(error) => error.hint(),
             Self::Recipe { source, .. } => source.hint(),
             Self::NoTokenizer { .. } => Some("put the model's `tokenizer.json` into the same folder, or give token ids with `--calib FILE.npy`".into()),
             Self::WindowTooLong { .. } => Some("give `--calib-tokens` a smaller number".into()),

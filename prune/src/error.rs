@@ -27,3 +27,15 @@ pub enum PruneError {
         pattern: String,
     },
 }
+
+impl PruneError {
+    /// What the user can do about it, where there is something.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::PatternMatchesNothing { .. } => {
+                Some("`qbin inspect --tensors` lists the names".into())
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,8 +1,11 @@
 //! AWQ: scales input channels so that important weights round finely, then clips group ranges.
 //!
 //! Source: Lin et al., AWQ, arXiv 2306.00978. Ours: losses of single linears are measured on the second
-//! moments, so over all calibration tokens instead of a sample; clipping is of the magnitude of a group
-//! and likewise exact over all tokens; channels that are always zero keep the scale 1.
+//! moments, so over all calibration tokens instead of a sample; a group's clip is judged by the error of the
+//! whole output, given the clips of the other groups, not by the group's part of it alone; channels that are
+//! always zero keep the scale 1.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -127,9 +130,10 @@ pub fn quadratic_loss(
 
 /// The magnitude at which each group is best clipped before rounding, `[rows, groups]`, for [`crate::rtn`].
 ///
-/// Tries `max|w|·(1 − i/n_grid)` for `i < n_grid·max_shrink` and takes the least `Δw·M_gg·Δwᵀ`, the error of
-/// the group's part of the output over all tokens. The first candidate clips nothing. `weight` (`[rows,
-/// cols]`) and `metric` are those after channel scales were folded. Published: `n_grid` 20, `max_shrink` 0.5,
+/// Tries `max|w|·(1 − i/n_grid)` for `i < n_grid·max_shrink`, group by group, and takes the least `Δw·M·Δwᵀ`, the
+/// error of the row's output over all tokens with the other groups as they are rounded so far. It starts
+/// without any clip and never takes a step that is worse. `weight` (`[rows, cols]`) and `metric` are those
+/// after channel scales were folded. Published: `n_grid` 20, `max_shrink` 0.5,
 /// and not for query and key projections.
 ///
 /// # Errors
@@ -156,14 +160,19 @@ pub fn search_clip(
         .par_chunks_mut(PANEL_ROWS * groups)
         .zip(weight.par_chunks(PANEL_ROWS * cols))
         .for_each(|(limits, weight)| {
+            let delta = vec![0.0; weight.len()];
             let mut search = ClipSearch {
                 grid,
                 metric,
                 weight,
                 cols,
+                delta,
                 limits,
             };
-            (0..groups).for_each(|group| search.group(group, candidates, n_grid));
+            // The first round only rounds: every group is judged beside the errors of all others.
+            for candidates in [1, candidates, candidates] {
+                (0..groups).for_each(|group| search.group(group, candidates, n_grid));
+            }
         });
     Ok(limits)
 }
@@ -174,55 +183,85 @@ struct ClipSearch<'a> {
     metric: &'a Metric,
     weight: &'a [f32],
     cols: usize,
+    /// `Q − W` under the limits so far, `[rows, cols]`.
+    delta: Vec<f32>,
     limits: &'a mut [f32],
 }
 
 impl ClipSearch<'_> {
+    /// The error of group `columns` of every row under each row's limit, into `delta` (`[rows, len]`).
+    fn round(&self, columns: Range<usize>, limits: &[f32], delta: &mut [f32]) {
+        let mut clipped = vec![0f32; columns.len()];
+        let rows = self
+            .weight
+            .chunks(self.cols)
+            .map(|row| &row[columns.clone()]);
+        for ((delta, row), &limit) in delta.chunks_mut(columns.len()).zip(rows).zip(limits) {
+            for (clipped, w) in clipped.iter_mut().zip(row) {
+                *clipped = w.clamp(-limit, limit);
+            }
+            let rounder = self.grid.rounder(self.grid.params(&clipped, None));
+            for ((delta, &w), &clipped) in delta.iter_mut().zip(row).zip(&clipped) {
+                *delta = rounder.value(rounder.steps(clipped)) - w;
+            }
+        }
+    }
+
+    /// Chooses one group's limits, given the errors of all the others.
     fn group(&mut self, group: usize, candidates: usize, n_grid: usize) {
         let columns = self.grid.columns(group, self.cols);
         let (first, len) = (columns.start, columns.len());
-        let rows: Vec<&[f32]> = self
+        let rows = self.weight.len() / self.cols;
+        let groups = self.limits.len() / rows;
+        let largest: Vec<f32> = self
             .weight
             .chunks(self.cols)
-            .map(|row| &row[columns.clone()])
+            .map(|row| {
+                row[columns.clone()]
+                    .iter()
+                    .fold(0f32, |m, w| m.max(w.abs()))
+            })
             .collect();
-        let groups = self.limits.len() / rows.len();
-        let largest: Vec<f32> = rows
-            .iter()
-            .map(|row| row.iter().fold(0f32, |m, w| m.max(w.abs())))
-            .collect();
-        let mut best = vec![f64::INFINITY; rows.len()];
-        let mut delta = vec![0f32; rows.len() * len];
-        let mut clipped = vec![0f32; len];
+        // What the other groups' errors make of this group's: M[group, others] of their sum.
+        for delta in self.delta.chunks_mut(self.cols) {
+            delta[columns.clone()].fill(0.0);
+        }
+        let cross = self.metric.cross(&self.delta, first, len);
+        let mut best = vec![f64::INFINITY; rows];
+        let mut chosen = vec![0f32; rows * len];
+        let mut delta = vec![0f32; rows * len];
         for i in 0..candidates {
             let part = 1.0 - i as f32 / n_grid as f32;
-            for ((delta, row), &largest) in delta.chunks_mut(len).zip(&rows).zip(&largest) {
-                let limit = largest * part;
-                for (clipped, w) in clipped.iter_mut().zip(*row) {
-                    *clipped = w.clamp(-limit, limit);
-                }
-                let rounder = self.grid.rounder(self.grid.params(&clipped, None));
-                for ((delta, &w), &clipped) in delta.iter_mut().zip(*row).zip(&clipped) {
-                    *delta = rounder.value(rounder.steps(clipped)) - w;
-                }
-            }
-            for (row, error) in self
-                .metric
-                .measure_rows(&delta, first, len)
-                .into_iter()
-                .enumerate()
-            {
-                if error < best[row] {
-                    best[row] = error;
-                    // "Nothing" rather than the largest magnitude, so that no rounding can clip it.
-                    let limit = if i == 0 {
+            // "Nothing" rather than the largest magnitude, so that no rounding can clip it.
+            let limits: Vec<f32> = largest
+                .iter()
+                .map(|largest| {
+                    if i == 0 {
                         f32::INFINITY
                     } else {
-                        largest[row] * part
-                    };
-                    self.limits[row * groups + group] = limit;
+                        largest * part
+                    }
+                })
+                .collect();
+            self.round(columns.clone(), &limits, &mut delta);
+            let own = self.metric.measure_rows(&delta, first, len);
+            for (row, own) in own.into_iter().enumerate() {
+                let place = row * len..(row + 1) * len;
+                let shared: f64 = delta[place.clone()]
+                    .iter()
+                    .zip(&cross[place.clone()])
+                    .map(|(&d, &c)| f64::from(d) * f64::from(c))
+                    .sum();
+                let error = own + 2.0 * shared;
+                if error < best[row] {
+                    best[row] = error;
+                    self.limits[row * groups + group] = limits[row];
+                    chosen[place.clone()].copy_from_slice(&delta[place]);
                 }
             }
+        }
+        for (delta, chosen) in self.delta.chunks_mut(self.cols).zip(chosen.chunks(len)) {
+            delta[columns.clone()].copy_from_slice(chosen);
         }
     }
 }

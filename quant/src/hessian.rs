@@ -243,6 +243,22 @@ impl Metric {
         panels.iter().sum()
     }
 
+    /// `δ·M` for the columns `first..first + len`, `[rows, len]`; `delta` is `[rows, n]`.
+    pub(crate) fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
+        let rows = delta.len() / self.n;
+        let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
+        let mut product = vec![0f32; rows * len];
+        matmul(
+            MatMut::from_row_major_slice_mut(&mut product, rows, len),
+            Accum::Replace,
+            MatRef::from_row_major_slice(delta, rows, self.n),
+            m.subcols(first, len),
+            1.0,
+            Par::Seq,
+        );
+        product
+    }
+
     /// `δᵀ M δ` of every row of `delta` (`[rows, len]`), with the square of `M` from `first` on.
     pub(crate) fn measure_rows(&self, delta: &[f32], first: usize, len: usize) -> Vec<f64> {
         let rows = delta.len() / len;

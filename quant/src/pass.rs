@@ -30,10 +30,20 @@ impl<'a> QuantPass<'a> {
     /// # Errors
     /// See [`QuantRecipe::resolve`].
     pub fn new(recipe: &'a QuantRecipe, config: &'a ModelConfig) -> Result<Self, QuantError> {
-        let keys: Vec<_> = (0..config.num_blocks).flat_map(|block| LinearKind::ALL.map(|kind| (block, kind))).collect();
-        let linears: Vec<_> = keys.iter().map(|&(block, kind)| (weight_name(block, kind), kind.shape(config))).collect();
+        let keys: Vec<_> = (0..config.num_blocks)
+            .flat_map(|block| LinearKind::ALL.map(|kind| (block, kind)))
+            .collect();
+        let linears: Vec<_> = keys
+            .iter()
+            .map(|&(block, kind)| (weight_name(block, kind), kind.shape(config)))
+            .collect();
         let fates = keys.into_iter().zip(recipe.resolve(&linears)?).collect();
-        Ok(Self { recipe, config, fates, moments: BTreeMap::new() })
+        Ok(Self {
+            recipe,
+            config,
+            fates,
+            moments: BTreeMap::new(),
+        })
     }
 
     /// What becomes of a linear.
@@ -64,36 +74,65 @@ impl<'a> QuantPass<'a> {
     }
 
     fn touches(&self, site: Site) -> bool {
-        site.linears().iter().any(|&kind| self.grid(site.block, kind).is_some())
+        site.linears()
+            .iter()
+            .any(|&kind| self.grid(site.block, kind).is_some())
     }
 
     /// All readers of the norm must take up the scale; a linear that stays as stored cannot.
     fn folds_norm(&self, block: usize, sublayer: Sublayer) -> bool {
         let readers = LinearKind::at(sublayer, Side::Inner);
-        self.recipe.method == Method::Awq && readers.iter().all(|&kind| self.grid(block, kind).is_some())
+        self.recipe.method == Method::Awq
+            && readers.iter().all(|&kind| self.grid(block, kind).is_some())
     }
 
     fn folds_producer(&self, block: usize, sublayer: Sublayer) -> bool {
         let reader = LinearKind::at(sublayer, Side::Outer)[0];
-        self.recipe.method == Method::Awq && [reader, producer(sublayer)].iter().all(|&kind| self.grid(block, kind).is_some())
+        self.recipe.method == Method::Awq
+            && [reader, producer(sublayer)]
+                .iter()
+                .all(|&kind| self.grid(block, kind).is_some())
     }
 
     /// Quantizes the linears of a site by error feedback; they share one factorization for each kind of grid.
-    fn rewrite_gptq(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
-        let mut targets: Vec<(LinearKind, Grid)> =
-            site.linears().iter().filter_map(|&kind| self.grid(site.block, kind).map(|grid| (kind, *grid))).collect();
+    fn rewrite_gptq(
+        &mut self,
+        block: &mut Block<'_>,
+        site: Site,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
+        let mut targets: Vec<(LinearKind, Grid)> = site
+            .linears()
+            .iter()
+            .filter_map(|&kind| self.grid(site.block, kind).map(|grid| (kind, *grid)))
+            .collect();
         let mut moments = self.moments.remove(&site);
         while let Some(&(_, first)) = targets.first() {
-            let (now, later): (Vec<_>, Vec<_>) = targets.into_iter().partition(|(_, grid)| grid.granularity == first.granularity);
+            let (now, later): (Vec<_>, Vec<_>) = targets
+                .into_iter()
+                .partition(|(_, grid)| grid.granularity == first.granularity);
             targets = later;
-            let input = if targets.is_empty() { moments.take() } else { moments.clone() };
-            let params = GptqParams { damp_fraction: self.recipe.damp, act_order: self.recipe.act_order, ..GptqParams::new(first) };
-            let factor = Factor::new(input.expect("the walk observes a site before it is rewritten"), &params)?;
+            let input = if targets.is_empty() {
+                moments.take()
+            } else {
+                moments.clone()
+            };
+            let params = GptqParams {
+                damp_fraction: self.recipe.damp,
+                act_order: self.recipe.act_order,
+                ..GptqParams::new(first)
+            };
+            let factor = Factor::new(
+                input.expect("the walk observes a site before it is rewritten"),
+                &params,
+            )?;
             for (kind, grid) in now {
                 let linear = block.linear_mut(kind);
                 let rows = linear.rows;
                 let name = linear.name.clone();
-                let done = factor.quantize(linear.own()?, rows, &grid).map_err(|error| error.in_tensor(&name))?;
+                let done = factor
+                    .quantize(linear.own()?, rows, &grid)
+                    .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
                 out.insert(name, gptq_tensor(done, self.recipe.damp));
             }
@@ -102,25 +141,50 @@ impl<'a> QuantPass<'a> {
     }
 
     /// Rounds the linears of a site to nearest, within AWQ's clips where there are statistics.
-    fn rewrite_nearest(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
+    fn rewrite_nearest(
+        &mut self,
+        block: &mut Block<'_>,
+        site: Site,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
         let moments = self.moments.remove(&site);
         let metric = moments.as_ref().map(Moments::metric);
-        let importance = moments.map(|moments| moments.square_mean().iter().map(|&mean| mean as f32).collect::<Vec<f32>>());
+        let importance = moments.map(|moments| {
+            moments
+                .square_mean()
+                .iter()
+                .map(|&mean| mean as f32)
+                .collect::<Vec<f32>>()
+        });
         for &kind in site.linears() {
-            let Some(&grid) = self.grid(site.block, kind) else { continue };
+            let Some(&grid) = self.grid(site.block, kind) else {
+                continue;
+            };
             let linear = block.linear_mut(kind);
             let (rows, cols, name) = (linear.rows, linear.cols, linear.name.clone());
             let weight = linear.own()?;
             // Attention logits are too sensitive to clip what makes them (Lin et al., section 4).
             let clips = match &metric {
-                Some(metric) if !matches!(kind, LinearKind::Q | LinearKind::K) => {
-                    Some(awq::search_clip(weight, rows, cols, metric, &grid, N_GRID, MAX_SHRINK).map_err(|error| error.in_tensor(&name))?)
-                }
+                Some(metric) if !matches!(kind, LinearKind::Q | LinearKind::K) => Some(
+                    awq::search_clip(weight, rows, cols, metric, &grid, N_GRID, MAX_SHRINK)
+                        .map_err(|error| error.in_tensor(&name))?,
+                ),
                 _ => None,
             };
-            let quantized = rtn(weight, rows, cols, &grid, importance.as_deref(), clips.as_deref()).map_err(|error| error.in_tensor(&name))?;
+            let quantized = rtn(
+                weight,
+                rows,
+                cols,
+                &grid,
+                importance.as_deref(),
+                clips.as_deref(),
+            )
+            .map_err(|error| error.in_tensor(&name))?;
             let relative_error = relative_error(weight, &quantized, metric.as_ref());
-            let report = TensorReport { relative_error: Some(relative_error), ..TensorReport::default() };
+            let report = TensorReport {
+                relative_error: Some(relative_error),
+                ..TensorReport::default()
+            };
             out.insert(name, (NewTensor::Quantized(quantized), report));
         }
         Ok(())
@@ -129,7 +193,11 @@ impl<'a> QuantPass<'a> {
 
 impl BlockPass for QuantPass<'_> {
     fn prepares(&self, block: usize, sublayer: Sublayer) -> bool {
-        let sites = [Side::Inner, Side::Outer].map(|side| Site { block, sublayer, side });
+        let sites = [Side::Inner, Side::Outer].map(|side| Site {
+            block,
+            sublayer,
+            side,
+        });
         self.recipe.method == Method::Awq && sites.into_iter().any(|site| self.touches(site))
     }
 
@@ -139,36 +207,70 @@ impl BlockPass for QuantPass<'_> {
 
     fn observe(&mut self, site: Site, x: &[f32]) -> Result<(), PassError> {
         let cols = site.linears()[0].shape(self.config)[1];
-        self.moments.entry(site).or_insert_with(|| Moments::new(cols)).add(x)?;
+        self.moments
+            .entry(site)
+            .or_insert_with(|| Moments::new(cols))
+            .add(x)?;
         Ok(())
     }
 
-    fn prepare(&mut self, block: &mut Block<'_>, sublayer: Sublayer, stream: &Stream, out: &mut Rewritten) -> Result<(), PassError> {
+    fn prepare(
+        &mut self,
+        block: &mut Block<'_>,
+        sublayer: Sublayer,
+        stream: &Stream,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
         let index = block.index;
         let sample = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let target = block.outer(sublayer, &block.mixed(sublayer, &sample, stream.window_tokens));
+        let target = block.outer(
+            sublayer,
+            &block.mixed(sublayer, &sample, stream.window_tokens),
+        );
         if self.folds_norm(index, sublayer) {
-            let site = Site { block: index, sublayer, side: Side::Inner };
-            let scales = self.search_inner(block, sublayer, &sample, &target, stream.window_tokens)?;
+            let site = Site {
+                block: index,
+                sublayer,
+                side: Side::Inner,
+            };
+            let scales =
+                self.search_inner(block, sublayer, &sample, &target, stream.window_tokens)?;
             for &kind in site.linears() {
                 awq::scale_columns(block.linear_mut(kind).own()?, &scales);
             }
             awq::divide_vector(&mut block.norms[sublayer as usize], &scales, 0.0);
-            self.moments.get_mut(&site).expect("observed").scaled(&scales);
+            self.moments
+                .get_mut(&site)
+                .expect("observed")
+                .scaled(&scales);
             let name = block_tensor(index, sublayer.norm_name());
-            out.insert(name, (NewTensor::Dense(block.norms[sublayer as usize].clone()), TensorReport::default()));
+            out.insert(
+                name,
+                (
+                    NewTensor::Dense(block.norms[sublayer as usize].clone()),
+                    TensorReport::default(),
+                ),
+            );
         }
         if self.folds_producer(index, sublayer) {
             self.fold_producer(block, sublayer, out)?;
         }
         // Before anything is rounded, the folds must have changed nothing.
         let normed = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let folded = block.outer(sublayer, &block.mixed(sublayer, &normed, stream.window_tokens));
+        let folded = block.outer(
+            sublayer,
+            &block.mixed(sublayer, &normed, stream.window_tokens),
+        );
         identical(index, sublayer, &target, &folded)?;
         Ok(())
     }
 
-    fn rewrite(&mut self, block: &mut Block<'_>, site: Site, out: &mut Rewritten) -> Result<(), PassError> {
+    fn rewrite(
+        &mut self,
+        block: &mut Block<'_>,
+        site: Site,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
         match self.recipe.method {
             Method::Gptq => self.rewrite_gptq(block, site, out),
             Method::Rtn | Method::Awq => self.rewrite_nearest(block, site, out),
@@ -187,7 +289,11 @@ impl QuantPass<'_> {
         target: &[f32],
         window_tokens: usize,
     ) -> Result<Vec<f32>, PassError> {
-        let site = Site { block: block.index, sublayer, side: Side::Inner };
+        let site = Site {
+            block: block.index,
+            sublayer,
+            side: Side::Inner,
+        };
         let mut original = Vec::new();
         for &kind in site.linears() {
             original.push(block.linear_mut(kind).own()?.clone());
@@ -195,9 +301,17 @@ impl QuantPass<'_> {
         let mut best: Option<(f64, Vec<f32>)> = None;
         for scales in awq::scale_candidates(&self.moments[&site].abs_mean(), N_GRID) {
             for (&kind, weight) in site.linears().iter().zip(&original) {
-                let grid = *self.grid(site.block, kind).expect("all readers are on a grid");
+                let grid = *self
+                    .grid(site.block, kind)
+                    .expect("all readers are on a grid");
                 let linear = block.linear_mut(kind);
-                linear.weight = Matrix::Owned(awq::rounded(weight, linear.rows, linear.cols, &scales, &grid)?);
+                linear.weight = Matrix::Owned(awq::rounded(
+                    weight,
+                    linear.rows,
+                    linear.cols,
+                    &scales,
+                    &grid,
+                )?);
             }
             let output = block.outer(sublayer, &block.mixed(sublayer, sample, window_tokens));
             let loss = squared_distance(target, &output);
@@ -212,10 +326,21 @@ impl QuantPass<'_> {
     }
 
     /// Scales the outer linear's columns and divides the rows of what makes its input.
-    fn fold_producer(&mut self, block: &mut Block<'_>, sublayer: Sublayer, out: &mut Rewritten) -> Result<(), PassError> {
-        let site = Site { block: block.index, sublayer, side: Side::Outer };
+    fn fold_producer(
+        &mut self,
+        block: &mut Block<'_>,
+        sublayer: Sublayer,
+        out: &mut Rewritten,
+    ) -> Result<(), PassError> {
+        let site = Site {
+            block: block.index,
+            sublayer,
+            side: Side::Outer,
+        };
         let (reader, producer) = (site.linears()[0], producer(sublayer));
-        let grid = *self.grid(site.block, reader).expect("the reader is on a grid");
+        let grid = *self
+            .grid(site.block, reader)
+            .expect("the reader is on a grid");
         let moments = self.moments.get_mut(&site).expect("observed");
         let (heads, kv_heads) = (self.config.num_heads, self.config.num_kv_heads);
         let mut means = moments.abs_mean();
@@ -244,7 +369,10 @@ impl QuantPass<'_> {
         awq::divide_rows(linear.own()?, &rows_of);
         if let Some(bias) = &mut linear.bias {
             awq::divide_vector(bias, &rows_of, 0.0);
-            out.insert(bias_name(site.block, producer), (NewTensor::Dense(bias.clone()), TensorReport::default()));
+            out.insert(
+                bias_name(site.block, producer),
+                (NewTensor::Dense(bias.clone()), TensorReport::default()),
+            );
         }
         Ok(())
     }
@@ -270,37 +398,75 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
         clipped: Some(report.clipped as f64 / done.quantized.codes.len() as f64),
         fallbacks: report.fallback.iter().cloned().collect(),
         notes,
-        ..TensorReport::default()
     };
     (NewTensor::Quantized(done.quantized), report)
 }
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the moments, or the same of the weights alone where there are none.
-fn relative_error(weight: &[f32], quantized: &QuantizedMatrix, metric: Option<&crate::Metric>) -> f64 {
-    let delta: Vec<f32> = quantized.dequantize().iter().zip(weight).map(|(q, w)| q - w).collect();
+fn relative_error(
+    weight: &[f32],
+    quantized: &QuantizedMatrix,
+    metric: Option<&crate::Metric>,
+) -> f64 {
+    let delta: Vec<f32> = quantized
+        .dequantize()
+        .iter()
+        .zip(weight)
+        .map(|(q, w)| q - w)
+        .collect();
     let square = |values: &[f32]| match metric {
         Some(metric) => metric.measure_panels(values),
         None => values.iter().map(|&v| f64::from(v) * f64::from(v)).sum(),
     };
     let signal = square(weight);
-    if signal > 0.0 { square(&delta) / signal } else { 0.0 }
+    if signal > 0.0 {
+        square(&delta) / signal
+    } else {
+        0.0
+    }
 }
 
 fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
     // Fixed chunks, summed in order: the same for every number of threads.
-    let part = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-    let parts: Vec<f64> = a.par_chunks(4096).zip(b.par_chunks(4096)).map(part).collect();
+    let part = |(a, b): (&[f32], &[f32])| {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(a - b).powi(2))
+            .sum::<f64>()
+    };
+    let parts: Vec<f64> = a
+        .par_chunks(4096)
+        .zip(b.par_chunks(4096))
+        .map(part)
+        .collect();
     parts.iter().sum()
 }
 
 /// A fold multiplies and divides by the same factor, so outputs differ by rounding only: a few ε for each
 /// of the two products, relative to the largest output.
-fn identical(block: usize, sublayer: Sublayer, before: &[f32], after: &[f32]) -> Result<(), QuantError> {
+fn identical(
+    block: usize,
+    sublayer: Sublayer,
+    before: &[f32],
+    after: &[f32],
+) -> Result<(), QuantError> {
     let largest = before.iter().fold(0f32, |m, v| m.max(v.abs()));
-    let difference = before.iter().zip(after).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+    let difference = before
+        .iter()
+        .zip(after)
+        .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
     let tolerance = FOLD_EPSILONS * f32::EPSILON * largest;
     // Phrased so that NaN fails.
-    if difference <= tolerance { Ok(()) } else { Err(QuantError::FoldNotIdentity { block, sublayer: format!("{sublayer:?}"), difference, tolerance }) }
+    if difference <= tolerance {
+        Ok(())
+    } else {
+        Err(QuantError::FoldNotIdentity {
+            block,
+            sublayer: format!("{sublayer:?}"),
+            difference,
+            tolerance,
+        })
+    }
 }
 
 /// Rounding errors of a fold in units of ε of the largest output: sums of thousands of terms, each off by an ε.

@@ -173,7 +173,13 @@ fn default_targets() -> Vec<String> {
 impl Override {
     /// Leaves what matches `pattern` as it is stored.
     pub fn keep(pattern: impl Into<String>) -> Self {
-        Self { pattern: pattern.into(), keep: true, bits: None, group_size: None, symmetric: None }
+        Self {
+            pattern: pattern.into(),
+            keep: true,
+            bits: None,
+            group_size: None,
+            symmetric: None,
+        }
     }
 }
 
@@ -208,10 +214,14 @@ impl QuantRecipe {
     /// A value out of range, a pattern that is not a glob or matches nothing, or a group larger than a row.
     pub fn resolve(&self, linears: &[(String, [usize; 2])]) -> Result<Vec<Fate>, QuantError> {
         if !(self.damp.is_finite() && self.damp > 0.0) {
-            return Err(QuantError::DampFraction { damp_fraction: self.damp });
+            return Err(QuantError::DampFraction {
+                damp_fraction: self.damp,
+            });
         }
         let matchers = |patterns: &mut dyn Iterator<Item = &String>| {
-            patterns.map(|pattern| matcher(pattern, linears)).collect::<Result<Vec<_>, _>>()
+            patterns
+                .map(|pattern| matcher(pattern, linears))
+                .collect::<Result<Vec<_>, _>>()
         };
         let targets = matchers(&mut self.targets.iter())?;
         let overrides = matchers(&mut self.overrides.iter().map(|exception| &exception.pattern))?;
@@ -221,34 +231,71 @@ impl QuantRecipe {
                 if !targets.iter().any(|target| target.is_match(name)) {
                     return Ok(Fate::Keep("no target of the recipe matches it".into()));
                 }
-                let exception = overrides.iter().rposition(|pattern| pattern.is_match(name)).map(|at| &self.overrides[at]);
+                let exception = overrides
+                    .iter()
+                    .rposition(|pattern| pattern.is_match(name))
+                    .map(|at| &self.overrides[at]);
                 match exception {
-                    Some(exception) if exception.keep => Ok(Fate::Keep(format!("override `{}`", exception.pattern))),
+                    Some(exception) if exception.keep => {
+                        Ok(Fate::Keep(format!("override `{}`", exception.pattern)))
+                    }
                     _ => self.grid(name, *shape, exception).map(Fate::Quantize),
                 }
             })
             .collect()
     }
 
-    fn grid(&self, name: &str, [_, cols]: [usize; 2], exception: Option<&Override>) -> Result<Grid, QuantError> {
-        let base = GridSpec { bits: self.bits, group_size: self.group_size, symmetric: self.symmetric };
-        let spec = exception.map_or(base, |e| GridSpec { bits: e.bits, group_size: e.group_size, symmetric: e.symmetric }.over(base));
+    fn grid(
+        &self,
+        name: &str,
+        [_, cols]: [usize; 2],
+        exception: Option<&Override>,
+    ) -> Result<Grid, QuantError> {
+        let base = GridSpec {
+            bits: self.bits,
+            group_size: self.group_size,
+            symmetric: self.symmetric,
+        };
+        let spec = exception.map_or(base, |e| {
+            GridSpec {
+                bits: e.bits,
+                group_size: e.group_size,
+                symmetric: e.symmetric,
+            }
+            .over(base)
+        });
         let bits = spec.bits.unwrap_or(4);
-        let granularity = spec.group_size.map_or(Granularity::Group(128), |size| size.0);
-        let search = self.scale_search.unwrap_or(crate::pass::default_search(self.method));
-        let grid = Grid { bits, symmetric: spec.symmetric.unwrap_or(bits == 8), granularity, search };
+        let granularity = spec
+            .group_size
+            .map_or(Granularity::Group(128), |size| size.0);
+        let search = self
+            .scale_search
+            .unwrap_or(crate::pass::default_search(self.method));
+        let grid = Grid {
+            bits,
+            symmetric: spec.symmetric.unwrap_or(bits == 8),
+            granularity,
+            search,
+        };
         grid.check(cols).map_err(|error| error.in_tensor(name))?;
         Ok(grid)
     }
 }
 
 fn matcher(pattern: &str, linears: &[(String, [usize; 2])]) -> Result<GlobMatcher, QuantError> {
-    let matcher = Glob::new(pattern).map_err(|source| QuantError::Pattern { pattern: pattern.into(), source })?.compile_matcher();
+    let matcher = Glob::new(pattern)
+        .map_err(|source| QuantError::Pattern {
+            pattern: pattern.into(),
+            source,
+        })?
+        .compile_matcher();
     // A pattern with a typing error would otherwise do nothing, silently.
     if linears.iter().any(|(name, _)| matcher.is_match(name)) {
         Ok(matcher)
     } else {
-        Err(QuantError::PatternMatchesNothing { pattern: pattern.into() })
+        Err(QuantError::PatternMatchesNothing {
+            pattern: pattern.into(),
+        })
     }
 }
 
@@ -257,31 +304,84 @@ mod tests {
     use super::*;
 
     fn linears() -> Vec<(String, [usize; 2])> {
-        vec![("model.layers.0.self_attn.q_proj.weight".into(), [64, 64]), ("model.layers.0.mlp.down_proj.weight".into(), [64, 160])]
+        vec![
+            ("model.layers.0.self_attn.q_proj.weight".into(), [64, 64]),
+            ("model.layers.0.mlp.down_proj.weight".into(), [64, 160]),
+        ]
     }
 
     #[test]
     fn overrides_inherit_and_the_last_match_counts() {
-        let mut recipe = QuantRecipe { group_size: Some("64".parse().expect("valid")), ..QuantRecipe::new(Method::Rtn) };
-        let change = |pattern: &str, bits| Override { pattern: pattern.into(), keep: false, bits, group_size: None, symmetric: None };
+        let mut recipe = QuantRecipe {
+            group_size: Some("64".parse().expect("valid")),
+            ..QuantRecipe::new(Method::Rtn)
+        };
+        let change = |pattern: &str, bits| Override {
+            pattern: pattern.into(),
+            keep: false,
+            bits,
+            group_size: None,
+            symmetric: None,
+        };
         recipe.overrides = vec![change("*", Some(8)), change("*down_proj*", Some(4))];
         let grids = recipe.resolve(&linears()).expect("valid");
-        let expected = |bits, symmetric| Fate::Quantize(Grid { bits, symmetric, granularity: Granularity::Group(64), search: ScaleSearch::None });
+        let expected = |bits, symmetric| {
+            Fate::Quantize(Grid {
+                bits,
+                symmetric,
+                granularity: Granularity::Group(64),
+                search: ScaleSearch::None,
+            })
+        };
         assert_eq!(grids, [expected(8, true), expected(4, false)]);
-        recipe.overrides.push(Override { keep: true, ..change("*q_proj*", None) });
-        assert!(matches!(&recipe.resolve(&linears()).expect("valid")[0], Fate::Keep(reason) if reason.contains("*q_proj*")));
+        recipe.overrides.push(Override {
+            keep: true,
+            ..change("*q_proj*", None)
+        });
+        assert!(
+            matches!(&recipe.resolve(&linears()).expect("valid")[0], Fate::Keep(reason) if reason.contains("*q_proj*"))
+        );
     }
 
     #[test]
     fn what_cannot_work_is_refused_before_any_work() {
         let recipe = QuantRecipe::new(Method::Gptq);
-        let message = |recipe: &QuantRecipe| recipe.resolve(&linears()).expect_err("must be refused").to_string();
+        let message = |recipe: &QuantRecipe| {
+            recipe
+                .resolve(&linears())
+                .expect_err("must be refused")
+                .to_string()
+        };
         // 128 columns do not fit into the 64 of q_proj.
         assert!(message(&recipe).contains("q_proj") && message(&recipe).contains("128"));
-        assert!(message(&QuantRecipe { bits: Some(5), ..recipe.clone() }).contains('5'));
-        assert!(message(&QuantRecipe { damp: 0.0, ..recipe.clone() }).contains("damp"));
-        assert!(message(&QuantRecipe { targets: vec!["*.qproj".into()], ..recipe.clone() }).contains("*.qproj"));
-        assert!(message(&QuantRecipe { targets: vec!["[".into()], ..recipe }).contains('['));
+        assert!(
+            message(&QuantRecipe {
+                bits: Some(5),
+                ..recipe.clone()
+            })
+            .contains('5')
+        );
+        assert!(
+            message(&QuantRecipe {
+                damp: 0.0,
+                ..recipe.clone()
+            })
+            .contains("damp")
+        );
+        assert!(
+            message(&QuantRecipe {
+                targets: vec!["*.qproj".into()],
+                ..recipe.clone()
+            })
+            .contains("*.qproj")
+        );
+        assert!(
+            message(&QuantRecipe {
+                targets: vec!["[".into()],
+                ..recipe
+            })
+            .contains('[')
+        );
         for bad in ["0", "48", "-1", "row"] {
             assert!(bad.parse::<GroupSize>().is_err(), "{bad}");
         }

@@ -188,6 +188,16 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// A positive number of at most 1.
+    fn small(&self, key: &str) -> Result<Option<f64>, RuntimeError> {
+        match (self.positive(key)?, self.get(key)) {
+            (Some(number), Some(value)) if number > 1.0 => {
+                Err(self.wrong(key, value, "a positive number of at most 1"))
+            }
+            (number, _) => Ok(number),
+        }
+    }
+
     fn need_positive(&self, key: &str) -> Result<f64, RuntimeError> {
         self.positive(key)?
             .ok_or_else(|| self.wrong(key, &Value::Null, "a number: the key is missing"))
@@ -264,6 +274,21 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Checks that `need` positions are within the model's context; beyond it, figures mean nothing.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ContextTooLong`].
+    pub fn check_context(&self, need: usize) -> Result<(), RuntimeError> {
+        let max_positions = self.max_positions;
+        if need > max_positions {
+            return Err(RuntimeError::ContextTooLong {
+                need,
+                max_positions,
+            });
+        }
+        Ok(())
+    }
+
     /// Width of q: `num_heads · head_dim`.
     pub fn q_dim(&self) -> usize {
         self.num_heads * self.head_dim
@@ -314,6 +339,10 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
     }
     let hidden_size = keys.need_size("hidden_size")?;
     let num_blocks = keys.need_size("num_hidden_layers")?;
+    // Tensors are listed per block before any is looked for.
+    if num_blocks > 10_000 {
+        return Err(keys.wrong("num_hidden_layers", &num_blocks.into(), "at most 10000"));
+    }
     let num_heads = keys.need_size("num_attention_heads")?;
     let num_kv_heads = match keys.size("num_key_value_heads")? {
         Some(heads) => heads,
@@ -356,7 +385,7 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
         head_dim,
         vocab_size: keys.need_size("vocab_size")?,
         max_positions: keys.size("max_position_embeddings")?.unwrap_or(2048),
-        rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+        rms_norm_eps: keys.small("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         rope_theta,
         rope_scaling,
         tie_word_embeddings: keys.flag("tie_word_embeddings")?,
@@ -551,6 +580,7 @@ mod tests {
         );
         assert!(message(r#"{"hidden_act":"gelu"}"#).contains("gelu"));
         assert!(message(r#"{"num_key_value_heads":3}"#).contains("num_key_value_heads"));
+        assert!(message(r#"{"rms_norm_eps":1e300}"#).contains("rms_norm_eps"));
         assert!(message(r#"{"hidden_size":0}"#).contains("hidden_size"));
         assert!(message(r#"{"vocab_size":null}"#).contains("vocab_size"));
         assert!(message(r#"{"quantization_config":{"bits":4}}"#).contains("unquantized"));

@@ -144,6 +144,16 @@ pub enum RuntimeError {
         /// Protocol id.
         protocol: String,
     },
+    /// More positions than the model was made for.
+    #[error(
+        "{need} positions, but the model's context is {max_positions} (`max_position_embeddings`)"
+    )]
+    ContextTooLong {
+        /// Positions asked for.
+        need: usize,
+        /// The model's context.
+        max_positions: usize,
+    },
     /// A protocol id that is not known.
     #[error(
         "unknown protocol `{0}`, expected `gptq-N` or `llamacpp-N` with N = tokens per window, for example `gptq-2048`"
@@ -180,6 +190,10 @@ impl RuntimeError {
             ),
             Self::MissingTensor { .. } => Some(
                 "check that every shard is there and that `config.json` belongs to these weights"
+                    .into(),
+            ),
+            Self::ContextTooLong { .. } => Some(
+                "ask for shorter windows (for example `--protocol gptq-512`) or a shorter prompt"
                     .into(),
             ),
             _ => None,

@@ -63,6 +63,11 @@ impl Protocol {
         &self.id
     }
 
+    /// Tokens of a window.
+    pub fn window(&self) -> usize {
+        self.window
+    }
+
     /// Cuts `tokens` into windows; `limit` asks for the first so many. `bos` is the tokenizer's, where it adds one.
     ///
     /// # Errors

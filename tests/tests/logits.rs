@@ -28,14 +28,30 @@ fn with_decoder<T>(folder: &Path, work: impl FnOnce(&Decoder<'_>) -> T) -> T {
 
 fn check(name: &str) {
     let golden = golden(&format!("logits/{name}.json"));
-    let tokens: Vec<u32> = numbers(&golden["tokens"]).into_iter().map(|id| id as u32).collect();
-    let positions: Vec<usize> = numbers(&golden["positions"]).into_iter().map(|at| at as usize).collect();
-    let expected: Vec<f32> = numbers(&golden["logits"]).into_iter().map(|logit| logit as f32).collect();
+    let tokens: Vec<u32> = numbers(&golden["tokens"])
+        .into_iter()
+        .map(|id| id as u32)
+        .collect();
+    let positions: Vec<usize> = numbers(&golden["positions"])
+        .into_iter()
+        .map(|at| at as usize)
+        .collect();
+    let expected: Vec<f32> = numbers(&golden["logits"])
+        .into_iter()
+        .map(|logit| logit as f32)
+        .collect();
     let folder = root().join(golden["model"].as_str().expect("the model's folder"));
     with_decoder(&folder, |decoder| {
         let width = decoder.config().hidden_size;
-        let at = |hidden: &[f32]| -> Vec<f32> { positions.iter().flat_map(|&p| hidden[p * width..(p + 1) * width].to_vec()).collect() };
-        let whole = decoder.forward(&[&tokens], None).expect("ids of the vocabulary");
+        let at = |hidden: &[f32]| -> Vec<f32> {
+            positions
+                .iter()
+                .flat_map(|&p| hidden[p * width..(p + 1) * width].to_vec())
+                .collect()
+        };
+        let whole = decoder
+            .forward(&[&tokens], None)
+            .expect("ids of the vocabulary");
         assert_max_rel(&decoder.logits(&at(&whole)), &expected, TOLERANCE, name);
         // The same in three steps through the cache.
         let mut cache = [decoder.cache(tokens.len())];
@@ -43,9 +59,18 @@ fn check(name: &str) {
         let (second, last) = rest.split_at(1);
         let mut cached = Vec::new();
         for part in [first, second, last] {
-            cached.extend(decoder.forward(&[part], Some(&mut cache)).expect("ids of the vocabulary"));
+            cached.extend(
+                decoder
+                    .forward(&[part], Some(&mut cache))
+                    .expect("ids of the vocabulary"),
+            );
         }
-        assert_max_rel(&decoder.logits(&at(&cached)), &expected, TOLERANCE, &format!("{name}, cached"));
+        assert_max_rel(
+            &decoder.logits(&at(&cached)),
+            &expected,
+            TOLERANCE,
+            &format!("{name}, cached"),
+        );
     });
 }
 
@@ -61,12 +86,23 @@ fn a_trained_model_agrees() {
 
 #[test]
 fn sequences_of_a_batch_do_not_see_each_other() {
-    with_decoder(&root().join("tests/golden/models/mistral-window"), |decoder| {
-        let (a, b): (Vec<u32>, Vec<u32>) = ((1..20).collect(), (30..37).collect());
-        let both = decoder.forward(&[&a, &b], None).expect("ids of the vocabulary");
-        let alone = [&a, &b].map(|ids| decoder.forward(&[ids.as_slice()], None).expect("ids of the vocabulary")).concat();
-        assert_max_rel(&both, &alone, TOLERANCE, "batch");
-    });
+    with_decoder(
+        &root().join("tests/golden/models/mistral-window"),
+        |decoder| {
+            let (a, b): (Vec<u32>, Vec<u32>) = ((1..20).collect(), (30..37).collect());
+            let both = decoder
+                .forward(&[&a, &b], None)
+                .expect("ids of the vocabulary");
+            let alone = [&a, &b]
+                .map(|ids| {
+                    decoder
+                        .forward(&[ids.as_slice()], None)
+                        .expect("ids of the vocabulary")
+                })
+                .concat();
+            assert_max_rel(&both, &alone, TOLERANCE, "batch");
+        },
+    );
 }
 
 #[test]
@@ -74,11 +110,24 @@ fn a_truncated_cache_goes_on_as_if_nothing_had_followed() {
     with_decoder(&root().join("tests/golden/models/qwen3"), |decoder| {
         let tokens: Vec<u32> = (5..25).collect();
         let mut cache = [decoder.cache(0)];
-        decoder.forward(&[&tokens[..10]], Some(&mut cache)).expect("ids of the vocabulary");
-        decoder.forward(&[&[90, 91, 92]], Some(&mut cache)).expect("ids of the vocabulary");
+        decoder
+            .forward(&[&tokens[..10]], Some(&mut cache))
+            .expect("ids of the vocabulary");
+        decoder
+            .forward(&[&[90, 91, 92]], Some(&mut cache))
+            .expect("ids of the vocabulary");
         cache[0].truncate(10);
-        let rest = decoder.forward(&[&tokens[10..]], Some(&mut cache)).expect("ids of the vocabulary");
-        let whole = decoder.forward(&[&tokens], None).expect("ids of the vocabulary");
-        assert_max_rel(&rest, &whole[whole.len() - rest.len()..], TOLERANCE, "after truncation");
+        let rest = decoder
+            .forward(&[&tokens[10..]], Some(&mut cache))
+            .expect("ids of the vocabulary");
+        let whole = decoder
+            .forward(&[&tokens], None)
+            .expect("ids of the vocabulary");
+        assert_max_rel(
+            &rest,
+            &whole[whole.len() - rest.len()..],
+            TOLERANCE,
+            "after truncation",
+        );
     });
 }

@@ -80,6 +80,7 @@ impl Text {
         args: &TextArgs,
     ) -> Result<Self, CliError> {
         let protocol = Protocol::parse(&args.protocol)?;
+        config.check_context(protocol.window())?;
         let tokenizer = loaded::need_tokenizer(model, config, path)?;
         let text = loaded::text(&args.data)?;
         let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());

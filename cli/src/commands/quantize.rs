@@ -67,6 +67,8 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     };
     check_output(&args.output, checkpoint.input_paths())?;
     let parts = Parts::new(&model)?;
+    // Methods that need no calibration need no tokenizer, but the artifact carries it.
+    loaded::tokenizer(&model, &parts.config)?;
     let mut plan = Plan::new(&model, &parts.config, &recipe, args.calibration.seed)?;
     let writer = ArtifactWriter::create(
         &args.output,

@@ -17,7 +17,7 @@ struct Generated {
     prompt_tokens: usize,
     tokens: usize,
     text: String,
-    /// `stop` at an end token, `length` at the limit.
+    /// `stop` at an end token, `length` at `--max-tokens`, `context` at the end of the model's context.
     finish: &'static str,
     seconds: f64,
 }
@@ -36,6 +36,10 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
     if prompt.is_empty() {
         return Err(CliError::EmptyPrompt);
     }
+    parts.config.check_context(prompt.len() + 1)?;
+    let max_tokens = args
+        .max_tokens
+        .min(parts.config.max_positions - prompt.len());
     let decoder = Decoder::new(&parts)?;
     let (temperature, top_k, top_p, min_p, seed) = (
         args.temperature,
@@ -72,7 +76,7 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
     let done = generate(
         &decoder,
         &[request],
-        args.max_tokens,
+        max_tokens,
         tokenizer.eos(),
         |_, id| match stream.push(id).map_err(CliError::from).and_then(&mut emit) {
             Ok(()) => true,
@@ -87,13 +91,13 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
     }
     emit(stream.finish()?)?;
     let tokens = done[0].len();
-    let finish = if done[0]
+    let stopped = done[0]
         .last()
-        .is_some_and(|id| tokenizer.eos().contains(id))
-    {
-        "stop"
-    } else {
-        "length"
+        .is_some_and(|id| tokenizer.eos().contains(id));
+    let finish = match stopped {
+        true => "stop",
+        false if max_tokens < args.max_tokens => "context",
+        false => "length",
     };
     let seconds = start.elapsed().as_secs_f64();
     show.print(

@@ -29,7 +29,11 @@ pub(crate) fn run(path: &Path, show: Show) -> Result<ExitCode, CliError> {
     progress.finish();
     let (code, error) = match result {
         Ok(()) => (ExitCode::SUCCESS, None),
-        Err(error @ FormatError::Digest { .. }) => (ExitCode::from(1), Some(error)),
+        Err(
+            error @ (FormatError::Digest { .. }
+            | FormatError::Padding { .. }
+            | FormatError::InvalidArtifact { .. }),
+        ) => (ExitCode::from(1), Some(error)),
         Err(error) => return Err(error.into()),
     };
     if let Some(error) = &error {

@@ -4,6 +4,9 @@
 //! Every figure comes from `quantize` and `eval compare`, run as a user would run them: this program
 //! starts itself again as `qbin`.
 
+// A program that prints a table.
+#![allow(clippy::print_stdout)]
+
 use qbin_tests::golden;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -30,27 +33,64 @@ struct Bar {
 }
 
 const fn below(reference: &'static str) -> Bar {
-    Bar { reference, factor: 1.0 }
+    Bar {
+        reference,
+        factor: 1.0,
+    }
 }
 
 /// RTN has no freedom but the rounding of its scales to f16.
 const fn same(reference: &'static str) -> Bar {
-    Bar { reference, factor: 1.02 }
+    Bar {
+        reference,
+        factor: 1.02,
+    }
 }
 
 /// `GIVEN` stands for the calibration file.
 const ROWS: &[Row] = &[
-    Row { name: "RTN W4 g128 asym", options: "--method rtn --asymmetric", bars: &[same("rtn-w4-g128-asym")] },
-    Row { name: "RTN W4 g128 sym", options: "--method rtn --symmetric", bars: &[same("rtn-w4-g128-sym")] },
-    Row { name: "RTN W4 g32 asym", options: "--method rtn --group-size 32 --asymmetric", bars: &[same("rtn-w4-g32-asym")] },
-    Row { name: "RTN W4 g32 sym", options: "--method rtn --group-size 32 --symmetric", bars: &[same("rtn-w4-g32-sym")] },
-    Row { name: "RTN W4 channel asym", options: "--method rtn --group-size channel --asymmetric", bars: &[same("rtn-w4-pc-asym")] },
-    Row { name: "RTN W8 channel", options: "--method rtn --bits 8 --group-size channel", bars: &[] },
-    Row { name: "RTN W3 g128 asym", options: "--method rtn --bits 3 --asymmetric", bars: &[same("rtn-w3-g128-asym")] },
+    Row {
+        name: "RTN W4 g128 asym",
+        options: "--method rtn --asymmetric",
+        bars: &[same("rtn-w4-g128-asym")],
+    },
+    Row {
+        name: "RTN W4 g128 sym",
+        options: "--method rtn --symmetric",
+        bars: &[same("rtn-w4-g128-sym")],
+    },
+    Row {
+        name: "RTN W4 g32 asym",
+        options: "--method rtn --group-size 32 --asymmetric",
+        bars: &[same("rtn-w4-g32-asym")],
+    },
+    Row {
+        name: "RTN W4 g32 sym",
+        options: "--method rtn --group-size 32 --symmetric",
+        bars: &[same("rtn-w4-g32-sym")],
+    },
+    Row {
+        name: "RTN W4 channel asym",
+        options: "--method rtn --group-size channel --asymmetric",
+        bars: &[same("rtn-w4-pc-asym")],
+    },
+    Row {
+        name: "RTN W8 channel",
+        options: "--method rtn --bits 8 --group-size channel",
+        bars: &[],
+    },
+    Row {
+        name: "RTN W3 g128 asym",
+        options: "--method rtn --bits 3 --asymmetric",
+        bars: &[same("rtn-w3-g128-asym")],
+    },
     Row {
         name: "GPTQ W4 g128 asym",
         options: "--method gptq --asymmetric --calib GIVEN",
-        bars: &[below("gptq-w4-g128-asym-actstatic"), below("gptq-w4-g128-asym-actstatic-mse")],
+        bars: &[
+            below("gptq-w4-g128-asym-actstatic"),
+            below("gptq-w4-g128-asym-actstatic-mse"),
+        ],
     },
     Row {
         name: "GPTQ W4 g128 sym",
@@ -83,11 +123,27 @@ const ROWS: &[Row] = &[
     Row {
         name: "AWQ W4 g128 asym",
         options: "--method awq --asymmetric --calib GIVEN",
-        bars: &[below("awq-w4-g128-asym-clip"), below("e2e-llmc-awq-w4a16-asym"), below("e2e-llmc-awq")],
+        bars: &[
+            below("awq-w4-g128-asym-clip"),
+            below("e2e-llmc-awq-w4a16-asym"),
+            below("e2e-llmc-awq"),
+        ],
     },
-    Row { name: "AWQ W3 g128 asym", options: "--method awq --bits 3 --asymmetric --calib GIVEN", bars: &[below("awq-w3-g128-asym-clip")] },
-    Row { name: "GPTQ W4 g128 asym, builtin text", options: "--method gptq --asymmetric --calib builtin", bars: &[] },
-    Row { name: "GPTQ W4 g128 asym, self-written text", options: "--method gptq --asymmetric --calib self", bars: &[] },
+    Row {
+        name: "AWQ W3 g128 asym",
+        options: "--method awq --bits 3 --asymmetric --calib GIVEN",
+        bars: &[below("awq-w3-g128-asym-clip")],
+    },
+    Row {
+        name: "GPTQ W4 g128 asym, builtin text",
+        options: "--method gptq --asymmetric --calib builtin",
+        bars: &[],
+    },
+    Row {
+        name: "GPTQ W4 g128 asym, self-written text",
+        options: "--method gptq --asymmetric --calib self",
+        bars: &[],
+    },
 ];
 
 fn main() -> ExitCode {
@@ -121,20 +177,42 @@ fn main() -> ExitCode {
 
 /// Prints one model's table; whether every bar was met.
 fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bool {
-    let titles: Vec<&str> = texts.iter().filter_map(|text| text.file_stem()?.to_str()).collect();
-    println!("| | bits per weight | seconds | {} | bar |", titles.join(" | "));
+    let titles: Vec<&str> = texts
+        .iter()
+        .filter_map(|text| text.file_stem()?.to_str())
+        .collect();
+    println!(
+        "| | bits per weight | seconds | {} | bar |",
+        titles.join(" | ")
+    );
     println!("|---|---:|---:|{}---|", "---:|".repeat(titles.len()));
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let artifact = scratch.path().join("model.qbin");
     let mut all_met = true;
     for row in ROWS {
-        let options = row.options.split(' ').map(|option| if option == "GIVEN" { calib.into() } else { PathBuf::from(option) });
-        let quantize = [PathBuf::from("quantize")].into_iter().chain(options).chain([model.into(), artifact.clone()]);
+        let options = row.options.split(' ').map(|option| {
+            if option == "GIVEN" {
+                calib.into()
+            } else {
+                PathBuf::from(option)
+            }
+        });
+        let quantize = [PathBuf::from("quantize")]
+            .into_iter()
+            .chain(options)
+            .chain([model.into(), artifact.clone()]);
         let made = qbin(quantize);
         let figures: Vec<Value> = texts
             .iter()
             .map(|text| {
-                let paths = ["eval".into(), "compare".into(), model.to_path_buf(), artifact.clone(), "--data".into(), text.clone()];
+                let paths = [
+                    "eval".into(),
+                    "compare".into(),
+                    model.to_path_buf(),
+                    artifact.clone(),
+                    "--data".into(),
+                    text.clone(),
+                ];
                 qbin(paths.into_iter().chain(PROTOCOL.map(PathBuf::from)))
             })
             .collect();
@@ -142,9 +220,22 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
         all_met &= met;
         let cells: Vec<String> = figures
             .iter()
-            .map(|f| format!("{:.5} ± {:.5}, {:.2}%", number(f, "kl_mean"), number(f, "kl_error"), 100.0 * number(f, "top1")))
+            .map(|f| {
+                format!(
+                    "{:.5} ± {:.5}, {:.2}%",
+                    number(f, "kl_mean"),
+                    number(f, "kl_error"),
+                    100.0 * number(f, "top1")
+                )
+            })
             .collect();
-        println!("| {} | {:.3} | {:.1} | {} | {bars} |", row.name, number(&made, "bits_per_weight"), number(&made, "seconds"), cells.join(" | "));
+        println!(
+            "| {} | {:.3} | {:.1} | {} | {bars} |",
+            row.name,
+            number(&made, "bits_per_weight"),
+            number(&made, "seconds"),
+            cells.join(" | ")
+        );
     }
     all_met
 }
@@ -154,12 +245,25 @@ fn judge(row: &Row, titles: &[&str], figures: &[Value], reference: &Value) -> (S
     let mut cells = Vec::new();
     let mut met = true;
     for bar in row.bars {
-        let Some(other) = reference.get(bar.reference) else { continue };
-        let limits: Vec<f64> = titles.iter().map(|title| number(&other[*title], "kl_mean")).collect();
+        let Some(other) = reference.get(bar.reference) else {
+            continue;
+        };
+        let limits: Vec<f64> = titles
+            .iter()
+            .map(|title| number(&other[*title], "kl_mean"))
+            .collect();
         // Figures of the reference have five decimals; half a unit of the last one is not a difference.
-        let within = limits.iter().zip(figures).all(|(limit, figure)| number(figure, "kl_mean") <= bar.factor * limit + 5e-6);
+        let within = limits
+            .iter()
+            .zip(figures)
+            .all(|(limit, figure)| number(figure, "kl_mean") <= bar.factor * limit + 5e-6);
         let shown: Vec<String> = limits.iter().map(|limit| format!("{limit:.5}")).collect();
-        cells.push(format!("{} {}: {}", bar.reference, shown.join(" / "), if within { "met" } else { "**not met**" }));
+        cells.push(format!(
+            "{} {}: {}",
+            bar.reference,
+            shown.join(" / "),
+            if within { "met" } else { "**not met**" }
+        ));
         met &= within;
     }
     (cells.join("; "), met)
@@ -173,7 +277,15 @@ fn number(value: &Value, key: &str) -> f64 {
 fn qbin(args: impl Iterator<Item = PathBuf>) -> Value {
     let program = std::env::current_exe().expect("the path of this program");
     let args: Vec<PathBuf> = args.chain(["--json".into(), "--quiet".into()]).collect();
-    let output = Command::new(program).arg("as-qbin").args(&args).output().expect("this program can be started again");
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(program)
+        .arg("as-qbin")
+        .args(&args)
+        .output()
+        .expect("this program can be started again");
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).expect("one JSON object")
 }
