@@ -400,7 +400,7 @@ fn a_tokenizer_larger_than_the_vocabulary_is_refused() {
         "plan --group-size 32 model",
         "quantize --calib builtin --group-size 32 model out.qbin",
         "run model --prompt x",
-        "eval perplexity model --data text.txt",
+        "eval perplexity model --data text.txt --protocol gptq-64",
     ] {
         lab.refuse(args, &["4096", "61", "tokenizer"]);
     }

@@ -302,15 +302,19 @@ fn texts_that_cannot_be_scored_are_refused() {
     for model in ["perplexity tiny", "compare tiny tiny"] {
         let check =
             |options: &str, words: &[&str]| lab.refuse(&format!("eval {model} {options}"), words);
-        check("--data short.txt", &["gptq-2048", "2048", "tokens"]);
+        check("--data short.txt", &["2048", "1024", "context"]);
+        check(
+            "--data short.txt --protocol gptq-512",
+            &["gptq-512", "512", "tokens"],
+        );
         check("--data empty.txt --protocol gptq-64", &["0 tokens", "64"]);
         check(
             "--data text.txt --protocol gptq-64 --windows 1000",
             &["1000", "gptq-64", "holds"],
         );
         check(
-            "--data text.txt --protocol llamacpp-4096",
-            &["llamacpp-4096"],
+            "--data text.txt --protocol llamacpp-1024",
+            &["llamacpp-1024", "2048"],
         );
         check(
             "--data text.txt --protocol wikitext",

@@ -77,7 +77,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "RTN W8 channel",
         options: "--method rtn --bits 8 --group-size channel",
-        bars: &[],
+        bars: &[same("rtn-w8-pc-sym")],
     },
     Row {
         name: "RTN W3 g128 asym",
