@@ -321,8 +321,14 @@ fn texts_that_cannot_be_scored_are_refused() {
             &["wikitext", "gptq-N"],
         );
         check("--data text.txt --protocol gptq-0", &["gptq-0", "gptq-N"]);
-        check("--data nowhere.txt", &["nowhere.txt", "No such file"]);
-        check("--data binary.txt", &["binary.txt", "UTF-8", "byte 0"]);
+        check(
+            "--data nowhere.txt --protocol gptq-64",
+            &["nowhere.txt", "No such file"],
+        );
+        check(
+            "--data binary.txt --protocol gptq-64",
+            &["binary.txt", "UTF-8", "byte 0"],
+        );
     }
     copy_folder(&lab.path("tiny"), &lab.path("deaf"));
     fs::remove_file(lab.path("deaf/tokenizer.json")).expect("remove");

@@ -80,9 +80,9 @@ impl Text {
         args: &TextArgs,
     ) -> Result<Self, CliError> {
         let protocol = Protocol::parse(&args.protocol)?;
-        config.check_context(protocol.window())?;
         let tokenizer = loaded::need_tokenizer(model, config, path)?;
         let text = loaded::text(&args.data)?;
+        config.check_context(protocol.window())?;
         let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
         let windows = protocol.windows(&tokenizer.encode(&text)?, args.windows, bos)?;
         Ok(Self {
