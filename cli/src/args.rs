@@ -101,7 +101,7 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RecipeArgs {
     /// Recipe file (TOML); the other recipe options are then not allowed.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "scale_search", "keep", "head"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "keep", "head"])]
     pub(crate) recipe: Option<PathBuf>,
     /// Method [default: gptq].
     #[arg(long, value_enum)]
@@ -124,6 +124,9 @@ pub(crate) struct RecipeArgs {
     /// GPTQ's damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01].
     #[arg(long, value_name = "FRACTION")]
     pub(crate) damp: Option<f64>,
+    /// GPTQ's rounds of refinement after the sweep; 0 is the plain method [default: 3].
+    #[arg(long, value_name = "ROUNDS")]
+    pub(crate) refine: Option<usize>,
     /// How scales are chosen [default: the method's own way].
     #[arg(long, value_enum)]
     pub(crate) scale_search: Option<ScaleSearchArg>,

@@ -14,8 +14,6 @@ pub(crate) enum CliError {
     Calibration(#[from] qbin_calib_data::Error),
     #[error(transparent)]
     Quant(#[from] qbin_quant::QuantError),
-    #[error(transparent)]
-    Prune(#[from] qbin_prune::PruneError),
     #[error("cannot read `{}`", path.display())]
     Read {
         path: PathBuf,
@@ -95,7 +93,6 @@ impl CliError {
             Self::Runtime(error) => error.hint(),
             Self::Calibration(error) => error.hint(),
             Self::Quant(error) => error.hint(),
-            Self::Prune(error) => error.hint(),
             Self::Recipe { source, .. } => source.hint(),
             Self::NoTokenizer { .. } => Some("put the model's `tokenizer.json` into the same folder, or give token ids with `--calib FILE.npy`".into()),
             Self::WindowTooLong { .. } => Some("give `--calib-tokens` a smaller number".into()),

@@ -47,6 +47,9 @@ impl Recipe {
         if let Some(act_order) = args.act_order {
             quantize.act_order = act_order.into();
         }
+        if let Some(refine) = args.refine {
+            quantize.refine = refine;
+        }
         if let Some(damp) = args.damp {
             quantize.damp = damp;
         }
@@ -55,6 +58,7 @@ impl Recipe {
             let given = [
                 ("--act-order", args.act_order.is_some()),
                 ("--damp", args.damp.is_some()),
+                ("--refine", args.refine.is_some()),
             ];
             if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
                 return Err(CliError::OptionOfOtherMethod {
@@ -66,7 +70,7 @@ impl Recipe {
         Ok(Self {
             head: args.head.unwrap_or_default(),
             prune: None,
-            quantize,
+            quantize: quantize.spelled_out(),
         })
     }
 
@@ -100,7 +104,7 @@ impl Recipe {
         Ok(Self {
             head: file.head,
             prune,
-            quantize,
+            quantize: quantize.spelled_out(),
         })
     }
 }

@@ -12,30 +12,4 @@ pub enum PruneError {
         /// What was given.
         got: String,
     },
-    /// A pattern that is no glob.
-    #[error("target `{pattern}` is not a glob pattern")]
-    Pattern {
-        /// The pattern.
-        pattern: String,
-        /// What is wrong with it.
-        source: globset::Error,
-    },
-    /// A pattern that fits no linear.
-    #[error("target `{pattern}` matches no linear of the model")]
-    PatternMatchesNothing {
-        /// The pattern.
-        pattern: String,
-    },
-}
-
-impl PruneError {
-    /// What the user can do about it, where there is something.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::PatternMatchesNothing { .. } => {
-                Some("`qbin inspect --tensors` lists the names".into())
-            }
-            _ => None,
-        }
-    }
 }

@@ -1,8 +1,8 @@
 //! The pruning pass of a walk.
 
-use crate::{PruneError, Sparsity, magnitude};
-use globset::{Glob, GlobMatcher};
+use crate::{Sparsity, magnitude};
 use qbin_format::TensorReport;
+use qbin_quant::{Patterns, QuantError};
 use qbin_runtime::spec::{LinearKind, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
 use qbin_runtime::{Block, ModelConfig};
@@ -36,43 +36,24 @@ fn all() -> Vec<String> {
 /// A pruning pass over the blocks of one model.
 pub struct PrunePass<'a> {
     recipe: &'a PruneRecipe,
-    targets: Vec<GlobMatcher>,
+    targets: Patterns,
 }
 
 impl<'a> PrunePass<'a> {
     /// # Errors
     /// A target that is no glob or matches no linear of the model.
-    pub fn new(recipe: &'a PruneRecipe, config: &ModelConfig) -> Result<Self, PruneError> {
-        let names: Vec<String> = (0..config.num_blocks)
+    pub fn new(recipe: &'a PruneRecipe, config: &ModelConfig) -> Result<Self, QuantError> {
+        let blocks = 0..config.num_blocks;
+        let names: Vec<String> = blocks
             .flat_map(|block| LinearKind::ALL.map(|kind| weight_name(block, kind)))
             .collect();
-        let compile = |pattern: &String| {
-            let glob = Glob::new(pattern).map_err(|source| PruneError::Pattern {
-                pattern: pattern.clone(),
-                source,
-            })?;
-            let matcher = glob.compile_matcher();
-            match names.iter().any(|name| matcher.is_match(name)) {
-                true => Ok(matcher),
-                false => Err(PruneError::PatternMatchesNothing {
-                    pattern: pattern.clone(),
-                }),
-            }
-        };
-        Ok(Self {
-            recipe,
-            targets: recipe
-                .targets
-                .iter()
-                .map(compile)
-                .collect::<Result<_, _>>()?,
-        })
+        let targets = Patterns::new(&recipe.targets, &names)?;
+        Ok(Self { recipe, targets })
     }
 
     /// Whether a linear is pruned.
     pub fn touches(&self, block: usize, kind: LinearKind) -> bool {
-        let name = weight_name(block, kind);
-        self.targets.iter().any(|target| target.is_match(&name))
+        self.targets.last_match(&weight_name(block, kind)).is_some()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
 use crate::recipe::{Fate, Method, QuantRecipe};
-use crate::{Factor, Gptq, GptqParams, Grid, Moments, QuantError, ScaleSearch, awq, rtn};
+use crate::{Factor, Gptq, GptqParams, Grid, Moments, QuantError, awq, rtn};
 use qbin_format::{QuantizedMatrix, TensorReport};
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
@@ -120,6 +120,7 @@ impl<'a> QuantPass<'a> {
             let params = GptqParams {
                 damp_fraction: self.recipe.damp,
                 act_order: self.recipe.act_order,
+                refine_sweeps: self.recipe.refine,
                 ..GptqParams::new(first)
             };
             let factor = Factor::new(
@@ -471,11 +472,3 @@ fn identical(
 
 /// Rounding errors of a fold in units of ε of the largest output: sums of thousands of terms, each off by an ε.
 const FOLD_EPSILONS: f32 = 512.0;
-
-/// The scale search a method uses where the recipe says nothing.
-pub(crate) fn default_search(method: Method) -> ScaleSearch {
-    match method {
-        Method::Gptq => ScaleSearch::Weighted,
-        Method::Rtn | Method::Awq => ScaleSearch::None,
-    }
-}

@@ -1,8 +1,12 @@
 //! What a quantization pass is asked to do, and what that means for each linear.
 
-use crate::{ActOrder, Granularity, Grid, QuantError, ScaleSearch};
-use globset::{Glob, GlobMatcher};
+use crate::{ActOrder, Granularity, Grid, Patterns, QuantError, ScaleSearch};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Bits where nothing is said.
+const DEFAULT_BITS: u8 = 4;
+/// Group size where nothing is said.
+const DEFAULT_GROUP_SIZE: GroupSize = GroupSize(Granularity::Group(128));
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,31 +33,6 @@ impl Method {
     /// Whether it needs calibration tokens.
     pub fn needs_calibration(self) -> bool {
         self != Self::Rtn
-    }
-}
-
-/// A grid as it is written in a recipe: what is not said is inherited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GridSpec {
-    /// 3, 4 or 8; a 3-bit grid is stored in 4-bit codes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bits: Option<u8>,
-    /// 32, 64, 128, or `"channel"`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub group_size: Option<GroupSize>,
-    /// Whether the zero point is the middle of the grid.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub symmetric: Option<bool>,
-}
-
-impl GridSpec {
-    fn over(self, base: Self) -> Self {
-        Self {
-            bits: self.bits.or(base.bits),
-            group_size: self.group_size.or(base.group_size),
-            symmetric: self.symmetric.or(base.symmetric),
-        }
     }
 }
 
@@ -151,6 +130,9 @@ pub struct QuantRecipe {
     /// GPTQ's damping, as a fraction of the mean of the Hessian's diagonal.
     #[serde(default = "default_damp")]
     pub damp: f64,
+    /// GPTQ's rounds of refinement after the sweep; 0 is the plain method.
+    #[serde(default = "default_refine")]
+    pub refine: usize,
     /// How scales are chosen; the method's own way where nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<ScaleSearch>,
@@ -164,6 +146,10 @@ pub struct QuantRecipe {
 
 fn default_damp() -> f64 {
     0.01
+}
+
+fn default_refine() -> usize {
+    3
 }
 
 fn default_targets() -> Vec<String> {
@@ -202,10 +188,31 @@ impl QuantRecipe {
             symmetric: None,
             act_order: ActOrder::default(),
             damp: default_damp(),
+            refine: default_refine(),
             scale_search: None,
             targets: default_targets(),
             overrides: Vec::new(),
         }
+    }
+
+    /// The same recipe with the method's defaults written out, as it is to be recorded. Symmetry stays unsaid
+    /// where it follows from the bits of each tensor.
+    #[must_use]
+    pub fn spelled_out(self) -> Self {
+        Self {
+            bits: self.bits.or(Some(DEFAULT_BITS)),
+            group_size: self.group_size.or(Some(DEFAULT_GROUP_SIZE)),
+            scale_search: Some(self.search()),
+            ..self
+        }
+    }
+
+    /// The scale search in use.
+    fn search(&self) -> ScaleSearch {
+        self.scale_search.unwrap_or(match self.method {
+            Method::Gptq => ScaleSearch::Weighted,
+            Method::Rtn | Method::Awq => ScaleSearch::None,
+        })
     }
 
     /// Resolves the recipe for linears given by name and shape.
@@ -218,23 +225,17 @@ impl QuantRecipe {
                 damp_fraction: self.damp,
             });
         }
-        let matchers = |patterns: &mut dyn Iterator<Item = &String>| {
-            patterns
-                .map(|pattern| matcher(pattern, linears))
-                .collect::<Result<Vec<_>, _>>()
-        };
-        let targets = matchers(&mut self.targets.iter())?;
-        let overrides = matchers(&mut self.overrides.iter().map(|exception| &exception.pattern))?;
+        let names: Vec<String> = linears.iter().map(|(name, _)| name.clone()).collect();
+        let targets = Patterns::new(&self.targets, &names)?;
+        let exceptions = self.overrides.iter().map(|exception| &exception.pattern);
+        let exceptions = Patterns::new(exceptions, &names)?;
         linears
             .iter()
             .map(|(name, shape)| {
-                if !targets.iter().any(|target| target.is_match(name)) {
+                if targets.last_match(name).is_none() {
                     return Ok(Fate::Keep("no target of the recipe matches it".into()));
                 }
-                let exception = overrides
-                    .iter()
-                    .rposition(|pattern| pattern.is_match(name))
-                    .map(|at| &self.overrides[at]);
+                let exception = exceptions.last_match(name).map(|at| &self.overrides[at]);
                 match exception {
                     Some(exception) if exception.keep => {
                         Ok(Fate::Keep(format!("override `{}`", exception.pattern)))
@@ -251,51 +252,23 @@ impl QuantRecipe {
         [_, cols]: [usize; 2],
         exception: Option<&Override>,
     ) -> Result<Grid, QuantError> {
-        let base = GridSpec {
-            bits: self.bits,
-            group_size: self.group_size,
-            symmetric: self.symmetric,
-        };
-        let spec = exception.map_or(base, |e| {
-            GridSpec {
-                bits: e.bits,
-                group_size: e.group_size,
-                symmetric: e.symmetric,
-            }
-            .over(base)
-        });
-        let bits = spec.bits.unwrap_or(4);
-        let granularity = spec
-            .group_size
-            .map_or(Granularity::Group(128), |size| size.0);
-        let search = self
-            .scale_search
-            .unwrap_or(crate::pass::default_search(self.method));
+        // What an exception does not say is inherited.
+        let bits = exception
+            .and_then(|e| e.bits)
+            .or(self.bits)
+            .unwrap_or(DEFAULT_BITS);
+        let group_size = exception.and_then(|e| e.group_size).or(self.group_size);
+        let symmetric = exception.and_then(|e| e.symmetric).or(self.symmetric);
+        let GroupSize(granularity) = group_size.unwrap_or(DEFAULT_GROUP_SIZE);
+        let search = self.search();
         let grid = Grid {
             bits,
-            symmetric: spec.symmetric.unwrap_or(bits == 8),
+            symmetric: symmetric.unwrap_or(bits == 8),
             granularity,
             search,
         };
         grid.check(cols).map_err(|error| error.in_tensor(name))?;
         Ok(grid)
-    }
-}
-
-fn matcher(pattern: &str, linears: &[(String, [usize; 2])]) -> Result<GlobMatcher, QuantError> {
-    let matcher = Glob::new(pattern)
-        .map_err(|source| QuantError::Pattern {
-            pattern: pattern.into(),
-            source,
-        })?
-        .compile_matcher();
-    // A pattern with a typing error would otherwise do nothing, silently.
-    if linears.iter().any(|(name, _)| matcher.is_match(name)) {
-        Ok(matcher)
-    } else {
-        Err(QuantError::PatternMatchesNothing {
-            pattern: pattern.into(),
-        })
     }
 }
 
