@@ -224,10 +224,7 @@ impl BlockPass for QuantPass<'_> {
     ) -> Result<(), PassError> {
         let index = block.index;
         let sample = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let target = block.outer(
-            sublayer,
-            &block.mixed(sublayer, &sample, stream.window_tokens),
-        );
+        let target = block.output(sublayer, &sample, stream.window_tokens);
         if self.folds_norm(index, sublayer) {
             let site = Site {
                 block: index,
@@ -258,10 +255,7 @@ impl BlockPass for QuantPass<'_> {
         }
         // Before anything is rounded, the folds must have changed nothing.
         let normed = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let folded = block.outer(
-            sublayer,
-            &block.mixed(sublayer, &normed, stream.window_tokens),
-        );
+        let folded = block.output(sublayer, &normed, stream.window_tokens);
         identical(index, sublayer, &target, &folded)?;
         Ok(())
     }
@@ -314,7 +308,7 @@ impl QuantPass<'_> {
                     &grid,
                 )?);
             }
-            let output = block.outer(sublayer, &block.mixed(sublayer, sample, window_tokens));
+            let output = block.output(sublayer, sample, window_tokens);
             let loss = squared_distance(target, &output);
             if best.as_ref().is_none_or(|(least, _)| loss < *least) {
                 best = Some((loss, scales));

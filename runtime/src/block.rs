@@ -16,6 +16,9 @@ use rayon::prelude::*;
 /// Elements of a unit of elementwise work.
 const ELEMENTS: usize = 1 << 14;
 
+/// Tokens whose inner activations are in memory at once.
+const OUTPUT_TOKENS: usize = 2048;
+
 /// Half of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sublayer {
@@ -128,7 +131,18 @@ impl<'m> Block<'m> {
         self.mixed_rows(sublayer, normed, &rows, None)
     }
 
-    /// What the sublayer adds to the stream.
+    /// What the sublayer adds to the stream, for windows that all start at position 0; a few windows at a time,
+    /// because the MLP's inner activations are much wider than the result.
+    pub fn output(&self, sublayer: Sublayer, normed: &[f32], window_tokens: usize) -> Vec<f32> {
+        let windows = (OUTPUT_TOKENS / window_tokens).max(1);
+        let batch = windows * window_tokens * self.config.hidden_size;
+        let batches = normed.chunks(batch);
+        batches
+            .flat_map(|normed| self.outer(sublayer, &self.mixed(sublayer, normed, window_tokens)))
+            .collect()
+    }
+
+    /// What the sublayer adds to the stream, of what its outer linear reads.
     pub fn outer(&self, sublayer: Sublayer, mixed: &[f32]) -> Vec<f32> {
         self.linear(LinearKind::at(sublayer, Side::Outer)[0])
             .apply(mixed)
