@@ -142,7 +142,7 @@ pub(crate) struct RecipeArgs {
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
     /// `self` (text the model writes itself), `builtin` (the corpus inside this program), or files:
-    /// text, .jsonl, .parquet, or .npy of token ids.
+    /// text, .jsonl, .parquet, or .npy of token ids. May be given several times.
     #[arg(long, value_name = "SOURCE|FILE", default_value = "self")]
     pub(crate) calib: Vec<String>,
     /// Windows of calibration tokens.
