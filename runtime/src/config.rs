@@ -108,22 +108,35 @@ const NO_EFFECT: &[&str] = &[
     "architectures",
     "attention_dropout",
     "auto_map",
+    "bad_words_ids",
     "chunk_size_feed_forward",
+    "do_sample",
     "dtype",
     "eos_token_id",
     "id2label",
+    "is_llama_config",
     "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
     "label2id",
+    "max_length",
+    "min_length",
     "mlp_dropout",
+    "num_beams",
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
     "pretraining_tp",
     "problem_type",
+    "repetition_penalty",
     "return_dict",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
     "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
@@ -238,11 +251,9 @@ impl<'a> Keys<'a> {
         architecture: Architecture,
     ) -> Result<(), RuntimeError> {
         let read = self.read.borrow();
-        match self
-            .map
-            .iter()
-            .find(|(key, _)| !read.contains(key.as_str()) && !no_effect.contains(&key.as_str()))
-        {
+        match self.map.iter().find(|(key, value)| {
+            !value.is_null() && !read.contains(key.as_str()) && !no_effect.contains(&key.as_str())
+        }) {
             None => Ok(()),
             Some((key, value)) => Err(RuntimeError::UnknownConfigKey {
                 key: format!("{}{key}", self.prefix),
@@ -336,6 +347,12 @@ fn read(keys: &Keys<'_>, architecture: Architecture) -> Result<ModelConfig, Runt
     match keys.text("hidden_act")? {
         None | Some("silu" | "swish") => {}
         Some(_) => return Err(keys.wrong("hidden_act", &keys.map["hidden_act"], "`silu`")),
+    }
+    // Switches that some checkpoints carry, off.
+    for key in ["use_mrope", "rope_interleaved"] {
+        if keys.flag(key)? {
+            return Err(keys.wrong(key, &true.into(), "false"));
+        }
     }
     let hidden_size = keys.need_size("hidden_size")?;
     let num_blocks = keys.need_size("num_hidden_layers")?;
@@ -580,6 +597,11 @@ mod tests {
         );
         assert!(message(r#"{"hidden_act":"gelu"}"#).contains("gelu"));
         assert!(message(r#"{"num_key_value_heads":3}"#).contains("num_key_value_heads"));
+        assert!(with(r#"{"attn_logit_softcapping":null}"#).is_ok());
+        assert!(message(r#"{"use_mrope":true}"#).contains("use_mrope"));
+        assert!(
+            with(r#"{"use_mrope":false,"rope_interleaved":false,"is_llama_config":true}"#).is_ok()
+        );
         assert!(message(r#"{"rms_norm_eps":1e300}"#).contains("rms_norm_eps"));
         assert!(message(r#"{"hidden_size":0}"#).contains("hidden_size"));
         assert!(message(r#"{"vocab_size":null}"#).contains("vocab_size"));
