@@ -196,16 +196,13 @@ impl<'m> Block<'m> {
         self.rope.turn(&mut q, &positions);
         self.rope.turn(&mut k, &positions);
         let kv_dim = self.config.kv_dim();
-        let own = |data: &'_ [f32], rows: &Rows| -> std::ops::Range<usize> {
-            debug_assert!(data.len() >= (rows.first + rows.len) * kv_dim);
-            rows.first * kv_dim..(rows.first + rows.len) * kv_dim
-        };
+        let new = |rows: &Rows| rows.first * kv_dim..(rows.first + rows.len) * kv_dim;
         let mut cached: Vec<&BlockCache> = Vec::new();
         if let Some(caches) = caches {
             for (cache, rows) in caches.iter_mut().zip(rows) {
                 let cache = cache.block_mut(self.index);
-                cache.keys.extend_from_slice(&k[own(&k, rows)]);
-                cache.values.extend_from_slice(&v[own(&v, rows)]);
+                cache.keys.extend_from_slice(&k[new(rows)]);
+                cache.values.extend_from_slice(&v[new(rows)]);
                 cached.push(cache);
             }
         }
@@ -215,7 +212,7 @@ impl<'m> Block<'m> {
             .map(|(i, rows)| {
                 let (keys, values) = match cached.get(i) {
                     Some(cache) => (cache.keys.as_slice(), cache.values.as_slice()),
-                    None => (&k[own(&k, rows)], &v[own(&v, rows)]),
+                    None => (&k[new(rows)], &v[new(rows)]),
                 };
                 Span {
                     first: rows.first,
