@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod calibration;
 mod commands;
 mod error;
 mod loaded;

@@ -1,24 +1,23 @@
 //! `qbin quantize`: checkpoint in, measured artifact out.
 
-use crate::args::{CalibrationArgs, QuantizeArgs};
+use crate::args::QuantizeArgs;
 use crate::commands::Show;
 use crate::commands::plan::{Group, groups};
 use crate::error::CliError;
 use crate::plan::{Plan, head_grid};
 use crate::progress::{Progress, peak_rss_bytes};
 use crate::recipe::Recipe;
-use crate::{loaded, render};
-use qbin_calib_data::{Generator, Source, Tokenizer, WindowSpec, Windows};
+use crate::{calibration, loaded, render};
+use qbin_calib_data::Windows;
 use qbin_format::{
     ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
     TensorReport, TensorView, Weight, check_output,
 };
 use qbin_prune::PrunePass;
 use qbin_quant::{Grid, QuantPass, rtn};
-use qbin_runtime::generate::{Request, generate};
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
-use qbin_runtime::{Decoder, Parts, RuntimeError, Sampling};
+use qbin_runtime::{Parts, RuntimeError};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -76,7 +75,12 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         plan.manifest.planned_bytes(),
     )?;
     let windows = match recipe.quantize.method.needs_calibration() {
-        true => Some(calibrate(&args.calibration, &args.input, &parts, show)?),
+        true => Some(calibration::windows(
+            &args.calibration,
+            &args.input,
+            &parts,
+            show,
+        )?),
         false => None,
     };
     let shapes = plan
@@ -96,7 +100,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         job.head(&model, &parts, &grid)?;
     }
     job.keep(&model, &plan)?;
-    plan.manifest.calibration = windows.as_ref().map(calibration_info);
+    plan.manifest.calibration = windows.as_ref().map(calibration::info);
     let activation_bytes = windows.as_ref().map_or(0, |w| {
         (w.ids().len() * parts.config.hidden_size * size_of::<f32>()) as u64
     });
@@ -109,108 +113,6 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     };
     show.print(&summary, |summary| describe(summary, &args.output))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Calibration windows as asked for; the model writes them itself where nothing is given.
-fn calibrate(
-    args: &CalibrationArgs,
-    input: &Path,
-    parts: &Parts<'_>,
-    show: Show,
-) -> Result<Windows, CliError> {
-    let config = &parts.config;
-    let tokens = args.calib_tokens.unwrap_or(config.max_positions.min(512));
-    if tokens > config.max_positions {
-        return Err(CliError::WindowTooLong {
-            tokens,
-            max_positions: config.max_positions,
-        });
-    }
-    let spec = WindowSpec {
-        windows: args.calib_windows,
-        tokens,
-        seed: args.seed,
-    };
-    let tokenizer = loaded::tokenizer(parts.model, config)?;
-    let mut progress = Progress::new("calibration", show.quiet);
-    let mut tick = |done, total| progress.set(done, total, "");
-    let named = |name: &str| args.calib.iter().any(|source| source == name);
-    if let Some(name) = ["self", "builtin"]
-        .into_iter()
-        .find(|name| named(name) && args.calib.len() > 1)
-    {
-        return Err(CliError::CalibSources {
-            source_name: name.into(),
-        });
-    }
-    let mut writer;
-    let source = if named("builtin") {
-        Source::Builtin
-    } else if named("self") {
-        let tokenizer = tokenizer
-            .as_ref()
-            .ok_or_else(|| CliError::NoTokenizer { path: input.into() })?;
-        writer = SelfWriter {
-            decoder: Decoder::new(parts)?,
-            tokenizer,
-        };
-        Source::SelfGenerated(&mut writer)
-    } else {
-        Source::Files(args.calib.iter().map(Into::into).collect())
-    };
-    let windows = qbin_calib_data::load(
-        source,
-        tokenizer.as_ref(),
-        &spec,
-        &args.calib_field,
-        config.vocab_size,
-        &mut tick,
-    )?;
-    progress.finish();
-    Ok(windows)
-}
-
-/// The model as the author of its own calibration text.
-struct SelfWriter<'m, 't> {
-    decoder: Decoder<'m>,
-    tokenizer: &'t Tokenizer,
-}
-
-impl Generator for SelfWriter<'_, '_> {
-    fn generate(
-        &mut self,
-        requests: &[qbin_calib_data::Request],
-        max_tokens: usize,
-    ) -> Result<Vec<Vec<u32>>, PassError> {
-        let requests: Vec<Request> = requests
-            .iter()
-            .map(|request| Request {
-                prompt: request.prompt.clone(),
-                sampling: Sampling {
-                    temperature: request.temperature,
-                    seed: request.seed,
-                    ..Sampling::default()
-                },
-            })
-            .collect();
-        Ok(generate(
-            &self.decoder,
-            &requests,
-            max_tokens,
-            self.tokenizer.eos(),
-            |_, _| true,
-        )?)
-    }
-}
-
-fn calibration_info(windows: &Windows) -> CalibrationInfo {
-    CalibrationInfo {
-        source: windows.source.clone(),
-        windows: windows.windows(),
-        window_tokens: windows.tokens(),
-        tokens: windows.ids().len() as u64,
-        sha256: windows.sha256(),
-    }
 }
 
 /// An artifact being made.
