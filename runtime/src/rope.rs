@@ -2,6 +2,7 @@
 //! Hugging Face checkpoints: channel `i` turns with channel `i + head_dim/2`.
 
 use crate::config::{ModelConfig, RopeScaling};
+use rayon::prelude::*;
 
 /// Rotary frequencies of a model, radians per position, `[head_dim / 2]`.
 #[derive(Clone, Debug)]
@@ -27,19 +28,25 @@ impl Rope {
     pub(crate) fn turn(&self, x: &mut [f32], positions: &[usize]) {
         let half = self.frequencies.len();
         let width = x.len() / positions.len().max(1);
-        let mut table = vec![(0.0f32, 0.0f32); half];
-        for (row, &position) in x.chunks_exact_mut(width).zip(positions) {
-            for (entry, &frequency) in table.iter_mut().zip(&self.frequencies) {
-                // f32, as the reference implementation does it.
-                *entry = (position as f32 * frequency).sin_cos();
-            }
-            for head in row.chunks_exact_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
-                for ((a, b), &(sin, cos)) in low.iter_mut().zip(high).zip(&table) {
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        let rows = x
+            .par_chunks_exact_mut(width)
+            .zip(positions)
+            .with_min_len(64);
+        rows.for_each_init(
+            || vec![(0.0f32, 0.0f32); half],
+            |table, (row, &position)| {
+                for (entry, &frequency) in table.iter_mut().zip(&self.frequencies) {
+                    // f32, as the reference implementation does it.
+                    *entry = (position as f32 * frequency).sin_cos();
                 }
-            }
-        }
+                for head in row.chunks_exact_mut(2 * half) {
+                    let (low, high) = head.split_at_mut(half);
+                    for ((a, b), &(sin, cos)) in low.iter_mut().zip(high).zip(&*table) {
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                    }
+                }
+            },
+        );
     }
 }
 
