@@ -69,6 +69,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     // Methods that need no calibration need no tokenizer, but the artifact carries it.
     loaded::tokenizer(&model, &parts.config)?;
     let mut plan = Plan::new(&model, &parts.config, &recipe, args.calibration.seed)?;
+    plan.manifest.source = read_source(checkpoint, show)?;
     let writer = ArtifactWriter::create(
         &args.output,
         plan.planned.clone(),
@@ -94,7 +95,6 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         reports: BTreeMap::new(),
         show,
     };
-    plan.manifest.source = job.read_source(checkpoint)?;
     job.walk(&parts, &recipe, windows.as_ref())?;
     if let Some(grid) = head_grid(recipe.head, &parts.config) {
         job.head(&model, &parts, &grid)?;
@@ -115,6 +115,26 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     Ok(ExitCode::SUCCESS)
 }
 
+/// Reads every tensor once: all weights must be finite, and their digest names the source. Pages are
+/// given back as it goes.
+fn read_source(checkpoint: &Checkpoint, show: Show) -> Result<SourceInfo, CliError> {
+    let mut progress = Progress::new("reading", show.quiet);
+    let mut hasher = SourceHasher::new();
+    let mut done = 0;
+    for name in checkpoint.names() {
+        let view = checkpoint.tensor(name).expect("one of its own names");
+        if view.dtype.is_float_weight() {
+            check_finite(&view)?;
+        }
+        hasher.add(&view);
+        checkpoint.release(name);
+        done += view.bytes.len() as u64;
+        progress.set(done, checkpoint.total_bytes(), name);
+    }
+    progress.finish();
+    Ok(hasher.finish())
+}
+
 /// An artifact being made.
 struct Job {
     writer: ArtifactWriter,
@@ -124,26 +144,6 @@ struct Job {
 }
 
 impl Job {
-    /// Reads every tensor once: all weights must be finite, and their digest names the source. Pages are
-    /// given back as it goes.
-    fn read_source(&self, checkpoint: &Checkpoint) -> Result<SourceInfo, CliError> {
-        let mut progress = Progress::new("reading", self.show.quiet);
-        let mut hasher = SourceHasher::new();
-        let mut done = 0;
-        for name in checkpoint.names() {
-            let view = checkpoint.tensor(name).expect("one of its own names");
-            if view.dtype.is_float_weight() {
-                check_finite(&view)?;
-            }
-            hasher.add(&view);
-            checkpoint.release(name);
-            done += view.bytes.len() as u64;
-            progress.set(done, checkpoint.total_bytes(), name);
-        }
-        progress.finish();
-        Ok(hasher.finish())
-    }
-
     /// Runs the recipe's passes over the blocks and writes what they make.
     fn walk(
         &mut self,
