@@ -7,7 +7,9 @@
 // A program that prints a table.
 #![allow(clippy::print_stdout)]
 
-use qbin_tests::golden;
+use qbin_format::Model;
+use qbin_runtime::{Decoder, Parts};
+use qbin_tests::{golden, numbers, root};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -170,9 +172,41 @@ fn main() -> ExitCode {
     let mut all_met = true;
     for model in asked {
         println!("\n### {model}\n");
+        if let Some(ratio) = logits_difference(&dir.join(model), model) {
+            println!("Logits against transformers: max |Δ| = {ratio:.1e} · max |logit|\n");
+        }
         all_met &= table(&dir.join(model), calib, texts, &known[model]);
     }
     ExitCode::from(u8::from(!all_met))
+}
+
+/// Largest difference of our logits from recorded ones, relative to the largest logit, where some are recorded: a
+/// runtime that computes something else makes all figures worthless.
+fn logits_difference(folder: &Path, model: &str) -> Option<f64> {
+    let file = format!("logits/shared/{model}.json");
+    let recorded = root().join("tests/golden").join(&file).exists();
+    let golden = recorded.then(|| golden(&file))?;
+    let list = |key: &str| numbers(&golden[key]);
+    let tokens: Vec<u32> = list("tokens").into_iter().map(|id| id as u32).collect();
+    let model = Model::open(folder).expect("a model folder");
+    let parts = Parts::new(&model).expect("a supported model");
+    let decoder = Decoder::new(&parts).expect("finite weights");
+    let hidden = decoder
+        .forward(&[&tokens], None)
+        .expect("ids of the vocabulary");
+    let width = decoder.config().hidden_size;
+    let positions = list("positions").into_iter().map(|at| at as usize);
+    let rows: Vec<f32> = positions
+        .flat_map(|at| hidden[at * width..(at + 1) * width].to_vec())
+        .collect();
+    let (logits, expected) = (decoder.logits(&rows), list("logits"));
+    assert_eq!(logits.len(), expected.len(), "{file}");
+    let largest = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let differences = logits
+        .iter()
+        .zip(&expected)
+        .map(|(a, b)| (f64::from(*a) - b).abs());
+    Some(differences.fold(0f64, f64::max) / largest)
 }
 
 /// Prints one model's table; whether every bar was met.
