@@ -184,7 +184,7 @@ pub struct TensorReport {
     /// What else is worth knowing.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
-    /// Share of groups whose range was narrowed on purpose, 0 to 1.
+    /// Share of weights that lay beyond the grid when they were rounded, 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clipped: Option<f64>,
     /// Part of the mean of the Hessian's diagonal that was added to it.
