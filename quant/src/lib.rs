@@ -27,7 +27,7 @@ pub use error::QuantError;
 pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, gptq};
 pub use grid::{Granularity, Grid, GroupParams, Rounder, ScaleSearch};
 pub use hessian::{Hessian, Metric, Moments};
-pub use pass::QuantPass;
+pub use pass::{QuantPass, WEIGHTS_ALONE};
 pub use patterns::Patterns;
 pub use recipe::{Fate, GroupSize, Method, Override, QuantRecipe};
 pub use rtn::rtn;

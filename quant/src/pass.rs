@@ -16,6 +16,9 @@ const N_GRID: usize = 20;
 /// The most AWQ clips off a group's range.
 const MAX_SHRINK: f64 = 0.5;
 
+/// The note of a report whose error is not that of outputs.
+pub const WEIGHTS_ALONE: &str = "relative error of the weights alone, without inputs";
+
 /// A quantization pass over the blocks of one model.
 pub struct QuantPass<'a> {
     recipe: &'a QuantRecipe,
@@ -135,7 +138,7 @@ impl<'a> QuantPass<'a> {
                     .quantize(linear.own()?, rows, &grid)
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
-                out.insert(name, gptq_tensor(done, self.recipe.damp));
+                put(out, name, gptq_tensor(done, self.recipe.damp));
             }
         }
         Ok(())
@@ -182,11 +185,13 @@ impl<'a> QuantPass<'a> {
             )
             .map_err(|error| error.in_tensor(&name))?;
             let relative_error = relative_error(weight, &quantized, metric.as_ref());
+            let notes = metric.is_none().then(|| WEIGHTS_ALONE.to_string());
             let report = TensorReport {
                 relative_error: Some(relative_error),
+                notes: notes.into_iter().collect(),
                 ..TensorReport::default()
             };
-            out.insert(name, (NewTensor::Quantized(quantized), report));
+            put(out, name, (NewTensor::Quantized(quantized), report));
         }
         Ok(())
     }
@@ -379,6 +384,14 @@ fn producer(sublayer: Sublayer) -> LinearKind {
         Sublayer::Attention => LinearKind::V,
         Sublayer::Mlp => LinearKind::Up,
     }
+}
+
+/// Replaces what an earlier pass made of the tensor, but keeps what it had to say.
+fn put(out: &mut Rewritten, name: String, (tensor, mut report): (NewTensor, TensorReport)) {
+    if let Some((_, earlier)) = out.remove(&name) {
+        report.notes.splice(0..0, earlier.notes);
+    }
+    out.insert(name, (tensor, report));
 }
 
 fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {

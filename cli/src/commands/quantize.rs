@@ -14,7 +14,7 @@ use qbin_format::{
     TensorReport, TensorView, Weight, check_output,
 };
 use qbin_prune::PrunePass;
-use qbin_quant::{Grid, QuantPass, rtn};
+use qbin_quant::{Grid, QuantPass, WEIGHTS_ALONE, rtn};
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
 use qbin_runtime::{Parts, RuntimeError};
@@ -229,6 +229,7 @@ impl Job {
             HEAD.into(),
             TensorReport {
                 relative_error,
+                notes: vec![WEIGHTS_ALONE.into()],
                 ..TensorReport::default()
             },
         );
@@ -369,7 +370,7 @@ fn describe(summary: &Summary, output: &Path) -> String {
         row("time", format!("{:.1} s", summary.seconds)),
     ];
     if let Some(mean) = summary.relative_error_mean {
-        rows.insert(3, row("relative output error, mean", format!("{mean:.2e}")));
+        rows.insert(3, row("relative error, mean", format!("{mean:.2e}")));
     }
     if let Some(worst) = &summary.relative_error_max {
         rows.insert(
