@@ -8,5 +8,7 @@
 #![allow(unsafe_code)]
 
 mod isa;
+mod pool;
 
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
+pub use pool::{Columns, Pool, default_threads};
