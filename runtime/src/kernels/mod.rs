@@ -7,6 +7,10 @@
 //! borrowed work need it.
 #![allow(unsafe_code)]
 
+mod activations;
 mod isa;
+mod quantized;
 
+pub use activations::{ActivationRows, Activations, activation_group};
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
+pub use quantized::{Output, matmul};
