@@ -7,8 +7,12 @@
 //! borrowed work need it.
 #![allow(unsafe_code)]
 
+mod activations;
 mod isa;
 mod pool;
+mod quantized;
 
+pub use activations::{ActivationRows, Activations, activation_group};
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
 pub use pool::{Columns, Pool, default_threads};
+pub use quantized::{Output, matmul, matmul_columns};
