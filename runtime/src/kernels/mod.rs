@@ -8,6 +8,9 @@
 #![allow(unsafe_code)]
 
 mod activations;
+pub(crate) mod attention;
+pub(crate) mod dense;
+pub(crate) mod elementwise;
 mod isa;
 mod pool;
 mod quantized;

@@ -147,11 +147,26 @@ impl Pool {
         });
     }
 
+    /// The results of `work(number)` for every number below `count`, in order, computed on all threads.
+    ///
+    /// # Panics
+    /// With the panic of a call.
+    pub fn map<T: Send>(&self, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let mut results: Vec<Option<T>> = (0..count).map(|_| None).collect();
+        self.parts(&mut results, 1, |number, result| {
+            result[0] = Some(work(number));
+        });
+        let results = results.into_iter();
+        results
+            .map(|result| result.expect("every part was filled"))
+            .collect()
+    }
+
     /// Cuts the columns of `data[rows, stride]` into `ranges` and calls `work(number, columns)` for each, on all
     /// threads.
     ///
     /// # Panics
-    /// If the ranges overlap, do not rise, or leave the row, if `data` is not whole rows, or with the panic of a part.
+    /// As [`Pool::grid`].
     pub fn columns(
         &self,
         data: &mut [f32],
@@ -159,30 +174,58 @@ impl Pool {
         ranges: &[Range<usize>],
         work: impl Fn(usize, Columns<'_>) + Sync,
     ) {
-        let apart = ranges.windows(2).all(|pair| pair[0].end <= pair[1].start);
-        let inside = ranges
-            .iter()
-            .all(|range| range.start <= range.end && range.end <= stride);
-        assert!(apart && inside, "column ranges {ranges:?} of {stride}");
+        let rows = data.len() / stride.max(1);
+        let whole = 0..rows;
+        self.grid(data, stride, &[whole], ranges, |_, number, columns| {
+            work(number, columns);
+        });
+    }
+
+    /// Cuts `data[rows, stride]` into the cells of a grid and calls `work(row number, column number, cell)` for each, on
+    /// all threads.
+    ///
+    /// # Panics
+    /// If ranges overlap, do not rise, or leave the matrix, if `data` is not whole rows, or with the panic of a cell.
+    pub fn grid(
+        &self,
+        data: &mut [f32],
+        stride: usize,
+        rows: &[Range<usize>],
+        columns: &[Range<usize>],
+        work: impl Fn(usize, usize, Columns<'_>) + Sync,
+    ) {
         assert!(
             stride > 0 && data.len().is_multiple_of(stride),
-            "rows of {stride} columns"
+            "{} values in rows of {stride}",
+            data.len()
         );
-        let rows = data.len() / stride;
+        check_apart(rows, data.len() / stride);
+        check_apart(columns, stride);
         let base = Base(data.as_mut_ptr());
-        self.run(ranges.len(), |part| {
-            let range = &ranges[part];
-            let columns = Columns {
-                // In bounds or one past the end, as `range` lies inside the row.
-                first: base.at(range.start),
-                rows,
-                width: range.len(),
+        self.run(rows.len() * columns.len(), |cell| {
+            let (row, column) = (cell / columns.len(), cell % columns.len());
+            let cell = Columns {
+                // Inside `data` or one past its end. Ranges lie apart, so cells do not overlap, and `run` gives each
+                // number to one call only.
+                first: base.at(rows[row].start * stride + columns[column].start),
+                rows: rows[row].len(),
+                width: columns[column].len(),
                 stride,
                 _data: std::marker::PhantomData,
             };
-            work(part, columns);
+            work(row, column, cell);
         });
     }
+}
+
+/// Ranges that follow each other without overlap, up to `end`.
+#[track_caller]
+fn check_apart(ranges: &[Range<usize>], end: usize) {
+    let apart = ranges.windows(2).all(|pair| pair[0].end <= pair[1].start);
+    let inside = ranges
+        .iter()
+        .all(|range| range.start <= range.end && range.end <= end);
+    assert!(apart && inside, "ranges {ranges:?} of {end}");
 }
 
 impl Drop for Pool {
@@ -539,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "column ranges")]
+    #[should_panic(expected = "ranges")]
     fn overlapping_columns_are_refused() {
         Pool::new(1).columns(&mut [0.0; 8], 4, &[0..3, 2..4], |_, _| ());
     }

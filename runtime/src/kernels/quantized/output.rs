@@ -130,7 +130,9 @@ impl<'a> Panels<'a> {
         let len = TILE_ROWS.min(self.rows.end - row);
         // SAFETY: token and row are inside the columns that were borrowed mutably or claimed for this value alone.
         unsafe {
-            let to = self.first.add(token * self.stride + (row - self.rows.start));
+            let to = self
+                .first
+                .add(token * self.stride + (row - self.rows.start));
             std::ptr::copy_nonoverlapping(values.as_ptr(), to, len);
         }
     }
