@@ -1,7 +1,7 @@
 //! Products of dense weights as they are stored, f32, f16 or bf16, with f32 activations.
 //!
 //! Definition: the products of a row are summed in [`LANES`] chains of FMAs, column `k` in chain `k mod LANES`, and
-//! the chains by halves. So a result does not depend on how many tokens are computed together. For one token it is
+//! the chains in order. So a result does not depend on how many tokens are computed together. For one token it is
 //! bound by reading the weights.
 
 use super::isa::{Isa, Vectorized};
@@ -77,6 +77,8 @@ pub(crate) fn matmul_dense(
 trait Weights: Copy {
     fn len(self) -> usize;
     fn at(self, index: usize) -> f32;
+    /// `LANES` weights from `start` on.
+    fn lanes(self, start: usize) -> [f32; LANES];
 }
 
 macro_rules! weights {
@@ -94,6 +96,19 @@ macro_rules! weights {
             fn at(self, index: usize) -> f32 {
                 let $value = self.0[index];
                 $read
+            }
+
+            // A loop over an array: `from_fn` would not be compiled into the caller, for its vectors.
+            #[inline(always)]
+            fn lanes(self, start: usize) -> [f32; LANES] {
+                let stored: &[$element; LANES] = self.0[start..][..LANES]
+                    .try_into()
+                    .expect("that many lanes");
+                let mut lanes = [0.0; LANES];
+                for (lane, &$value) in lanes.iter_mut().zip(stored) {
+                    *lane = $read;
+                }
+                lanes
             }
         }
     };
@@ -160,39 +175,46 @@ impl<W: Weights, F: FnMut(usize, f32)> Vectorized for Row<'_, W, F> {
     }
 }
 
-/// The products of one row with `N` tokens.
+/// The products of one row with `N` tokens. Columns behind the last whole step are filled up with zeros: one
+/// access to a chain by a number that is not a constant, and none of them would stay in a register.
 #[inline(always)]
 fn dots<W: Weights, const N: usize>(weights: W, x: &[f32]) -> [f32; N] {
     let cols = weights.len();
-    let tokens: [&[f32]; N] = std::array::from_fn(|token| &x[token * cols..][..cols]);
     let mut sums = [[0f32; LANES]; N];
     let whole = cols / LANES * LANES;
     let mut at = 0;
     while at < whole {
-        let w: [f32; LANES] = std::array::from_fn(|lane| weights.at(at + lane));
-        for (sums, x) in sums.iter_mut().zip(tokens) {
-            let x: &[f32; LANES] = x[at..][..LANES].try_into().expect("that many lanes");
-            for lane in 0..LANES {
-                sums[lane] = w[lane].mul_add(x[lane], sums[lane]);
-            }
+        let w = weights.lanes(at);
+        for (token, sums) in sums.iter_mut().enumerate() {
+            let x: &[f32; LANES] = x[token * cols + at..][..LANES]
+                .try_into()
+                .expect("that many lanes");
+            step(sums, &w, x);
         }
         at += LANES;
     }
-    for (sums, x) in sums.iter_mut().zip(tokens) {
-        for (lane, at) in (whole..cols).enumerate() {
-            sums[lane] = weights.at(at).mul_add(x[at], sums[lane]);
+    if whole < cols {
+        let mut w = [0.0; LANES];
+        (whole..cols).for_each(|at| w[at - whole] = weights.at(at));
+        for (token, sums) in sums.iter_mut().enumerate() {
+            let mut rest = [0.0; LANES];
+            rest[..cols - whole].copy_from_slice(&x[token * cols + whole..(token + 1) * cols]);
+            step(sums, &w, &rest);
         }
     }
-    sums.map(|mut sums| {
-        let mut half = LANES / 2;
-        while half > 0 {
-            for lane in 0..half {
-                sums[lane] += sums[lane + half];
-            }
-            half /= 2;
-        }
-        sums[0]
-    })
+    let mut out = [0.0; N];
+    for (out, sums) in out.iter_mut().zip(&sums) {
+        // In order, although by halves would take fewer steps: those make the compiler give up vectors above.
+        *out = sums.iter().fold(0.0, |sum, lane| sum + lane);
+    }
+    out
+}
+
+#[inline(always)]
+fn step(sums: &mut [f32; LANES], w: &[f32; LANES], x: &[f32; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] = w[lane].mul_add(x[lane], sums[lane]);
+    }
 }
 
 #[cfg(test)]
