@@ -20,7 +20,7 @@ pub struct KvCache {
 #[derive(Clone, Debug)]
 pub(crate) struct BlockCache {
     shape: HeadShape,
-    /// `[pages, heads, HeadShape::len]`; positions from `len` on hold anything finite.
+    /// `[pages, heads, HeadShape::len]`; what stands from `len` on is never read as a position.
     pages: Vec<f32>,
     len: usize,
 }

@@ -106,7 +106,7 @@ impl Pool {
         } else {
             self.region.try_lock().ok()
         };
-        let Some(_region) = region else {
+        let Some(region) = region else {
             return (0..chunks).for_each(work);
         };
         let job = Job {
@@ -118,7 +118,7 @@ impl Pool {
         self.shared.wait_until_done();
         let panic = self.shared.lock().panic.take();
         if let Some(panic) = panic {
-            drop(_region);
+            drop(region);
             resume_unwind(panic);
         }
     }
