@@ -27,39 +27,42 @@ mod vectors;
 
 use std::ops::Range;
 
-use qbin_format::QuantizedView;
-
-pub use output::Output;
+use qbin_format::{QuantizedView, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
+use super::pool::Columns;
 use output::Panels;
 
-/// Writes rows `16 · panels` of `W·x` for every token of `x`.
-///
-/// `out` is `[x.tokens(), w.rows]`; other panels of it may be written by other threads at the same time. Bias is the
-/// caller's.
+/// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or a panel was written before.
+/// If `x` was quantized for another width or scheme, `out` has another shape, or `rows` are not whole panels of `w`.
 #[track_caller]
-pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: &Output) {
+pub fn matmul(
+    isa: Isa,
+    w: &QuantizedView,
+    rows: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+) {
     assert_eq!(x.cols(), w.cols, "columns of activations and weights");
     assert_eq!(
         x.group(),
         activation_group(w.scheme, w.cols),
         "columns of an activation group"
     );
-    assert_eq!(
-        (out.tokens(), out.rows()),
-        (x.tokens(), w.rows),
-        "shape of the output"
+    assert!(
+        rows.end <= w.rows && (rows.end == w.rows || rows.end.is_multiple_of(TILE_ROWS)),
+        "rows {rows:?} of {}",
+        w.rows
     );
+    assert_eq!(out.rows(), x.tokens(), "tokens of output and activations");
     let product = Product {
         w,
         x,
-        panels: panels.clone(),
-        out: out.claim(panels),
+        panels: rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS),
+        out: Panels::of_columns(out, rows),
     };
     match blocks::serves(x.group()) {
         true => vectorized(isa, product),
