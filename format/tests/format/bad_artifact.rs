@@ -196,7 +196,7 @@ fn a_manifest_that_does_not_fit_is_refused() {
             &["`a.weight.scales`", "[2, 5, 16]", "[2, 3, 16]"],
         ),
         (
-            |m| m["tensors"]["a.weight"]["shape"] = json!([17, 70, 1]),
+            |m| m["tensors"]["a.weight"]["shape"] = json!([31, 70, 1]),
             &["`a.weight`", "two dimensions"],
         ),
         (
@@ -280,16 +280,16 @@ fn misplaced_data_is_refused() {
 #[test]
 fn unused_places_with_other_values_are_found() {
     type Edit = fn(&BTreeMap<String, (usize, usize)>, &mut Vec<u8>);
-    // `a.weight` is [17, 70] with 3 groups: columns 70.. of the second tile of row 0 are padding, and so
-    // are rows 1.. of the second panel.
+    // `a.weight` is [31, 70] with 3 groups: columns 70.. of the second tile of row 0 are padding, and so
+    // is row 15 of the second panel.
     let cases: [(Edit, &[&str]); 6] = [
         (
             |r, d| d[r["a.weight.codes"].0 + 512 + 64 * 7] ^= 0x10,
             &["`a.weight.codes, row 0`", "element 124"],
         ),
         (
-            |r, d| d[r["a.weight.codes"].0 + 1024 + 4] ^= 0x01,
-            &["`a.weight.codes, row 17`", "element 0", "0x9", "0x8"],
+            |r, d| d[r["a.weight.codes"].0 + 1024 + 60] ^= 0x01,
+            &["`a.weight.codes, row 31`", "element 0", "0x9", "0x8"],
         ),
         (
             |r, d| d[r["a.weight.scales"].1 - 2] = 1,

@@ -13,6 +13,10 @@ use qbin_format::{
 pub(crate) struct Seeded(u64);
 
 impl Seeded {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -93,7 +97,7 @@ pub(crate) fn small() -> Small {
     let matrices = vec![
         (
             "a.weight",
-            random_matrix(scheme(4, Some(32), false), 17, 70, 1),
+            random_matrix(scheme(4, Some(32), false), 31, 70, 1),
         ),
         ("b.weight", random_matrix(scheme(8, None, true), 16, 64, 2)),
     ];
@@ -129,7 +133,7 @@ pub(crate) fn small() -> Small {
     };
     manifest
         .tensors
-        .insert("tied.weight".to_owned(), entry(alias, &[17, 70]));
+        .insert("tied.weight".to_owned(), entry(alias, &[31, 70]));
     manifest
         .tensors
         .insert("inv_freq".to_owned(), entry(dropped, &[8]));
