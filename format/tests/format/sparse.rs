@@ -256,7 +256,7 @@ fn half_of_the_weights_take_three_quarters_of_the_bytes() {
     // (bits, pattern, encoding, bits per weight, rounded up)
     let half = Pattern::Random(128);
     let cases = [
-        (4, half, Encoding::Bitmask, 3.14),
+        (4, half, Encoding::Bitmask, 3.145),
         (8, half, Encoding::Bitmask, 5.14),
         (4, Pattern::TwoOfFour, Encoding::TwoOfFour, 2.88),
         (8, Pattern::TwoOfFour, Encoding::TwoOfFour, 4.88),
