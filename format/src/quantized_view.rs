@@ -156,8 +156,20 @@ impl QuantizedView<'_> {
             return &self.codes[panel * len..(panel + 1) * len];
         }
         scratch.resize(len, 0);
-        expand_panel(self, panel, scratch);
+        self.expand_panel(panel, scratch);
         scratch
+    }
+
+    /// Expands a panel of a sparse matrix into dense tiles, `[tiles, 512]` with 4 bits and `[tiles, 1024]` with 8. A
+    /// damaged matrix gives some codes.
+    ///
+    /// # Panics
+    /// If the matrix is dense, has no such panel, or `out` has another length.
+    #[track_caller]
+    pub fn expand_panel(&self, panel: usize, out: &mut [u8]) {
+        let len = self.cols.div_ceil(TILE_COLS) * tile_bytes(self.scheme.bits);
+        assert_eq!(out.len(), len, "dense tiles of panel {panel}");
+        expand_panel(self, panel, out);
     }
 
     /// Where in `codes` the panel's stored codes start; of the number of panels, where the last one's end.

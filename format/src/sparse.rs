@@ -211,7 +211,7 @@ pub(crate) fn expand_panel(view: &QuantizedView<'_>, panel: usize, out: &mut [u8
         for quad in 0..QUADS {
             let stream = stream(bits, quad);
             let mask = match view.sparsity {
-                Sparsity::Dense => unreachable!("dense panels are read as they are"),
+                Sparsity::Dense => panic!("a dense matrix needs no expansion"),
                 Sparsity::Bitmask { masks, .. } => le_u64(masks, 8 * (QUADS * tiles_before + quad)),
                 Sparsity::TwoOfFour { masks } => {
                     let vector = quad * usize::from(bits) / 8;

@@ -13,12 +13,14 @@
 mod output;
 mod panel;
 mod portable;
+mod sparse;
 
 use std::ops::Range;
 
-use qbin_format::QuantizedView;
+use qbin_format::{QuantizedView, Sparsity};
 
 pub use output::Output;
+use output::Panels;
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
@@ -44,11 +46,14 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
         (x.tokens(), w.rows),
         "shape of the output"
     );
-    let claimed = out.claim(panels.clone());
-    isa.run(Product {
-        w,
-        x,
-        panels,
-        out: claimed,
-    });
+    let out = out.claim(panels.clone());
+    match w.sparsity {
+        Sparsity::Dense => dense(isa, w, panels, x, out),
+        _ => sparse::matmul(isa, w, panels, x, out),
+    }
+}
+
+/// The product of a matrix whose tiles are dense.
+fn dense(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: Panels<'_>) {
+    isa.run(Product { w, x, panels, out });
 }

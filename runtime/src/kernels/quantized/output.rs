@@ -80,6 +80,7 @@ impl<'a> Output<'a> {
         Panels {
             output: self,
             panels,
+            first: 0,
         }
     }
 }
@@ -88,9 +89,25 @@ impl<'a> Output<'a> {
 pub(super) struct Panels<'a> {
     output: &'a Output<'a>,
     panels: Range<usize>,
+    /// The panel that counts as 0.
+    first: usize,
 }
 
 impl Panels<'_> {
+    /// Some of these panels, counted from 0.
+    ///
+    /// # Panics
+    /// If one of them is not among these.
+    pub(super) fn part(&mut self, panels: Range<usize>) -> Panels<'_> {
+        let panels = panels.start + self.first..panels.end + self.first;
+        assert!(self.panels.start <= panels.start && panels.end <= self.panels.end);
+        Panels {
+            output: self.output,
+            first: panels.start,
+            panels,
+        }
+    }
+
     /// Writes the values of a panel's rows for one token; values of rows beyond the last are dropped.
     ///
     /// # Panics
@@ -98,6 +115,7 @@ impl Panels<'_> {
     #[inline(always)]
     pub(super) fn write(&mut self, token: usize, panel: usize, values: &[f32; TILE_ROWS]) {
         let Output { rows, tokens, .. } = *self.output;
+        let panel = self.first + panel;
         assert!(self.panels.contains(&panel) && token < tokens);
         let row = panel * TILE_ROWS;
         let len = TILE_ROWS.min(rows - row);
