@@ -145,6 +145,30 @@ pub(crate) fn small() -> Small {
     }
 }
 
+/// The same with two sparse matrices: `c.weight` is stored as a bitmask and `d.weight` as two of four.
+pub(crate) fn small_and_sparse() -> Small {
+    let mut small = small();
+    let mut c = random_matrix(scheme(4, Some(64), true), 32, 128, 3);
+    let mut d = random_matrix(scheme(8, Some(32), false), 16, 64, 4);
+    for (at, code) in c.codes.iter_mut().enumerate() {
+        if at / 3 % 3 > 0 {
+            *code = 8;
+        }
+    }
+    for (at, code) in d.codes.iter_mut().enumerate() {
+        if at / 2 % 2 == at / 64 % 2 {
+            *code = d.zero_points[at / 32];
+        }
+    }
+    for (name, matrix) in [("c.weight", c), ("d.weight", d)] {
+        let fate = Fate::quantized(matrix.scheme, "sparsegpt");
+        let entry = entry(fate, &[matrix.rows, matrix.cols]);
+        small.manifest.tensors.insert(name.to_owned(), entry);
+        small.matrices.push((name, matrix));
+    }
+    small
+}
+
 impl Small {
     pub(crate) fn planned(&self) -> Vec<Planned> {
         let matrices = self.matrices.iter().map(|(name, m)| Planned::Quantized {
