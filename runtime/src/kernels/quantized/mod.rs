@@ -9,22 +9,32 @@
 //! with one rounding for the product of the scales and one for the FMA. The integers are exact, and so is their
 //! conversion: a group has at most 128 columns ([`activation_group`](super::activation_group)), hence
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
+//!
+//! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
+//! file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod blocks;
 mod output;
 mod panel;
 mod portable;
 mod sparse;
+#[cfg(test)]
+mod tests;
+mod vectors;
 
 use std::ops::Range;
 
 use qbin_format::{QuantizedView, Sparsity};
 
 pub use output::Output;
-use output::Panels;
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
-use portable::Product;
+use output::Panels;
 
 /// Writes rows `16 · panels` of `W·x` for every token of `x`.
 ///
@@ -46,14 +56,57 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
         (x.tokens(), w.rows),
         "shape of the output"
     );
-    let out = out.claim(panels.clone());
+    let product = Product {
+        w,
+        x,
+        panels: panels.clone(),
+        out: out.claim(panels),
+    };
     match w.sparsity {
-        Sparsity::Dense => dense(isa, w, panels, x, out),
-        _ => sparse::matmul(isa, w, panels, x, out),
+        Sparsity::Dense => dense(isa, product),
+        _ => sparse::run(isa, product),
     }
 }
 
-/// The product of a matrix whose tiles are dense.
-fn dense(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: Panels<'_>) {
-    isa.run(Product { w, x, panels, out });
+/// The product of weights in dense tiles.
+fn dense(isa: Isa, product: Product) {
+    match blocks::serves(product.x.group()) {
+        true => vectorized(isa, product),
+        false => isa.run(product),
+    }
+}
+
+/// Rows `16 · panels` of `W·x` for every token.
+struct Product<'a, 'o> {
+    w: &'a QuantizedView<'a>,
+    x: &'a Activations,
+    panels: Range<usize>,
+    out: Panels<'o>,
+}
+
+/// The product of groups that the vector kernels serve.
+#[cfg(target_arch = "x86_64")]
+fn vectorized(isa: Isa, product: Product) {
+    use avx2::{Bytes, Halves, Nibbles, Vnni};
+    if let Some(v) = avx512::Avx512::of(isa) {
+        blocks::run(v, product);
+    } else if let Some(v) = Halves::<Vnni>::of(isa) {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 4
+        && let Some(v) = Halves::<Nibbles>::of(isa)
+    {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 8
+        && let Some(v) = Halves::<Bytes>::of(isa)
+    {
+        blocks::run(v, product);
+    } else {
+        isa.run(product);
+    }
+}
+
+/// The product of groups that the vector kernels serve.
+#[cfg(not(target_arch = "x86_64"))]
+fn vectorized(isa: Isa, product: Product) {
+    isa.run(product);
 }

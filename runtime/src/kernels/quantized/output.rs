@@ -114,16 +114,46 @@ impl Panels<'_> {
     /// If the panel is not one of these, or there is no such token.
     #[inline(always)]
     pub(super) fn write(&mut self, token: usize, panel: usize, values: &[f32; TILE_ROWS]) {
+        self.rows(token, panel)
+            .iter_mut()
+            .zip(values)
+            .for_each(|(to, from)| *to = *from);
+    }
+
+    /// What was written before for a panel's rows and one token; 0 beyond the last row.
+    ///
+    /// # Panics
+    /// As [`Self::write`].
+    #[inline(always)]
+    pub(super) fn read(&mut self, token: usize, panel: usize) -> [f32; TILE_ROWS] {
+        let mut values = [0.0; TILE_ROWS];
+        values
+            .iter_mut()
+            .zip(self.rows(token, panel))
+            .for_each(|(to, from)| *to = *from);
+        values
+    }
+
+    /// Where that will be written, to be fetched.
+    #[inline(always)]
+    pub(super) fn address(&self, token: usize, panel: usize) -> *const u8 {
+        self.output
+            .values
+            .wrapping_add(token * self.output.rows + panel * TILE_ROWS)
+            .cast()
+    }
+
+    #[inline(always)]
+    fn rows(&mut self, token: usize, panel: usize) -> &mut [f32] {
         let Output { rows, tokens, .. } = *self.output;
         let panel = self.first + panel;
         assert!(self.panels.contains(&panel) && token < tokens);
         let row = panel * TILE_ROWS;
-        let len = TILE_ROWS.min(rows - row);
-        // SAFETY: token and panel are inside `[tokens, rows]`, which `Output` borrows mutably, and only this thread
-        // has this panel.
+        // SAFETY: token and panel are inside `[tokens, rows]`, which `Output` borrows mutably, and only this value has
+        // this panel.
         unsafe {
-            let to = self.output.values.add(token * rows + row);
-            std::ptr::copy_nonoverlapping(values.as_ptr(), to, len);
+            let first = self.output.values.add(token * rows + row);
+            std::slice::from_raw_parts_mut(first, TILE_ROWS.min(rows - row))
         }
     }
 }

@@ -1,7 +1,6 @@
 //! The product for a few tokens, with AVX-512: each step is expanded in registers and used for all tokens.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use qbin_format::{QuantizedView, TILE_ROWS};
 
@@ -9,24 +8,25 @@ use super::avx512::{self, Vbmi2};
 use super::cursor::Cursor;
 use super::{STEP, one_zero_per_step, zero_codes};
 use crate::kernels::activations::Activations;
-use crate::kernels::quantized::output::Panels;
+use crate::kernels::quantized::Product;
 
 /// Most tokens of this kernel.
 pub(super) const TOKENS: usize = 4;
 
-/// Whether it serves activations in groups of this many columns: whole steps.
-pub(super) fn serves(w: &QuantizedView, group: usize) -> bool {
-    group.is_multiple_of(STEP) && one_zero_per_step(w)
+/// Whether it serves this product: groups of whole steps.
+pub(super) fn serves(product: &Product) -> bool {
+    let groups = product.x.group().is_multiple_of(STEP) && one_zero_per_step(product.w);
+    groups && product.x.tokens() <= TOKENS
 }
 
-/// Writes some panels of `W·x` for all tokens, at most [`TOKENS`].
-pub(super) fn matmul(
-    _proof: Vbmi2,
-    w: &QuantizedView,
-    panels: Range<usize>,
-    x: &Activations,
-    mut out: Panels<'_>,
-) {
+/// The product for at most [`TOKENS`] tokens.
+pub(super) fn run(_proof: Vbmi2, product: Product) {
+    let Product {
+        w,
+        x,
+        panels,
+        mut out,
+    } = product;
     for panel in panels {
         let cursor = Cursor::new(w, panel);
         // SAFETY: there is proof of the features.

@@ -21,8 +21,7 @@ use std::ops::Range;
 
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
-use super::output::Panels;
-use crate::kernels::activations::Activations;
+use super::Product;
 use crate::kernels::isa::Isa;
 
 /// Columns that are expanded at a time.
@@ -40,21 +39,15 @@ thread_local! {
     static TILES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Writes some panels of `W·x` for every token.
-pub(super) fn matmul(
-    isa: Isa,
-    w: &QuantizedView,
-    panels: Range<usize>,
-    x: &Activations,
-    mut out: Panels<'_>,
-) {
+/// The product of sparse weights.
+pub(super) fn run(isa: Isa, mut product: Product) {
     #[cfg(target_arch = "x86_64")]
-    if x.tokens() <= few::TOKENS
-        && few::serves(w, x.group())
+    if few::serves(&product)
         && let Some(vbmi2) = avx512::Vbmi2::of(isa)
     {
-        return few::matmul(vbmi2, w, panels, x, out);
+        return few::run(vbmi2, product);
     }
+    let (w, panels) = (product.w, product.panels.clone());
     let panel_bytes = dense_panel_bytes(w);
     let chunk = (EXPANDED / panel_bytes).next_multiple_of(BLOCK).max(BLOCK);
     TILES.with_borrow_mut(|tiles| {
@@ -64,8 +57,13 @@ pub(super) fn matmul(
             for (panel, tiles) in part.clone().zip(tiles.chunks_exact_mut(panel_bytes)) {
                 expand(isa, w, panel, tiles);
             }
-            let dense = dense_part(w, part.clone(), tiles);
-            super::dense(isa, &dense, 0..part.len(), x, out.part(part));
+            let expanded = Product {
+                w: &dense_part(w, part.clone(), tiles),
+                x: product.x,
+                panels: 0..part.len(),
+                out: product.out.part(part),
+            };
+            super::dense(isa, expanded);
         }
     });
 }
