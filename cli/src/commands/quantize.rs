@@ -268,9 +268,8 @@ impl Job {
         Ok(())
     }
 
-    fn finish(self, plan: Plan, recipe: &Recipe) -> Result<Summary, CliError> {
-        let groups = groups(&plan);
-        let mut manifest = plan.manifest;
+    fn finish(self, mut plan: Plan, recipe: &Recipe) -> Result<Summary, CliError> {
+        let mut manifest = std::mem::take(&mut plan.manifest);
         for (name, report) in &self.reports {
             manifest
                 .tensors
@@ -280,6 +279,8 @@ impl Job {
         }
         let (source_bytes, calibration) = (manifest.source.bytes, manifest.calibration.clone());
         let written = self.writer.finish(manifest)?;
+        plan.set_sizes(&written.entries);
+        let groups = groups(&plan);
         let linears = groups.iter().filter(|group| group.quantized);
         let (bits, weights) = linears.fold((0, 0), |(bits, weights), group| {
             (bits + 8 * group.bytes, weights + group.parameters)

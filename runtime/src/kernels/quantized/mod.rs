@@ -11,7 +11,7 @@
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
 //!
 //! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
-//! file per instruction set implements.
+//! file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -21,13 +21,14 @@ mod blocks;
 mod output;
 mod panel;
 mod portable;
+mod sparse;
 #[cfg(test)]
 mod tests;
 mod vectors;
 
 use std::ops::Range;
 
-use qbin_format::{QuantizedView, TILE_ROWS};
+use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
@@ -64,7 +65,15 @@ pub fn matmul(
         panels: rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS),
         out: Panels::of_columns(out, rows),
     };
-    match blocks::serves(x.group()) {
+    match w.sparsity {
+        Sparsity::Dense => dense(isa, product),
+        _ => sparse::run(isa, product),
+    }
+}
+
+/// The product of weights in dense tiles.
+fn dense(isa: Isa, product: Product) {
+    match blocks::serves(product.x.group()) {
         true => vectorized(isa, product),
         false => isa.run(product),
     }

@@ -35,6 +35,26 @@ impl<'a> Panels<'a> {
         }
     }
 
+    /// Some of these panels, counted from 0.
+    ///
+    /// # Panics
+    /// If one of them is not among these.
+    #[track_caller]
+    pub(super) fn part(&mut self, panels: Range<usize>) -> Panels<'_> {
+        let start = panels.start * TILE_ROWS;
+        let end = (panels.end * TILE_ROWS).min(self.rows.end);
+        assert!(
+            self.rows.start <= start && start <= end,
+            "panels {panels:?} of rows {:?}",
+            self.rows
+        );
+        Panels {
+            first: self.first.wrapping_add(start - self.rows.start),
+            rows: 0..end - start,
+            ..*self
+        }
+    }
+
     /// Writes the values of a panel's rows for one token; values of rows beyond the last are dropped.
     ///
     /// # Panics
