@@ -8,5 +8,7 @@
 #![allow(unsafe_code)]
 
 mod isa;
+pub mod limits;
 
+use isa::Vectorized;
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
