@@ -2,6 +2,8 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qbin_quant::{ActOrder, GroupSize, Method, ScaleSearch};
+use qbin_runtime::Path;
+use qbin_runtime::kernels::Level;
 use std::path::PathBuf;
 
 /// Compress a language model, know what it cost, run it anywhere.
@@ -16,9 +18,12 @@ pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Threads of the offline passes [default: all cores this process may use].
+    /// Threads [default: the cores this process may use].
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,
+    /// Instruction set: scalar, avx2, avxvnni, avx512, amx or neon [default: the highest of this machine].
+    #[arg(long, global = true, value_name = "SET", env = "QBIN_ISA")]
+    pub(crate) isa: Option<Level>,
     /// Print one JSON object on stdout instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -199,6 +204,10 @@ pub(crate) struct TextArgs {
     /// Only the first N windows.
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) windows: Option<usize>,
+    /// Arithmetic of the measured model's linears: `reference` (dequantized, f32) or `fast` (packed weights, int8
+    /// activations). The base of a comparison always takes the reference path.
+    #[arg(long, value_name = "PATH", default_value_t = Path::Reference)]
+    pub(crate) path: Path,
 }
 
 /// `qbin run`.
@@ -212,6 +221,9 @@ pub(crate) struct RunArgs {
     /// Put the prompt as a user's message through the model's chat template.
     #[arg(long)]
     pub(crate) chat: bool,
+    /// Arithmetic of the linears: `reference` (dequantized, f32) or `fast` (packed weights, int8 activations).
+    #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
+    pub(crate) path: Path,
     /// Most tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: usize,

@@ -13,6 +13,8 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Calibration(#[from] qbin_calib_data::Error),
     #[error(transparent)]
+    Isa(#[from] qbin_runtime::kernels::UnsupportedLevel),
+    #[error(transparent)]
     Quant(#[from] qbin_quant::QuantError),
     #[error("cannot read `{}`", path.display())]
     Read {

@@ -8,6 +8,7 @@ mod calibration;
 mod commands;
 mod error;
 mod loaded;
+mod machine;
 mod plan;
 mod progress;
 mod recipe;
@@ -16,6 +17,7 @@ mod render;
 use args::{Cli, Command, EvalCommand};
 use clap::Parser as _;
 use error::CliError;
+use machine::Machine;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
@@ -40,38 +42,44 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
+    let machine = match Machine::new(cli.isa, cli.threads) {
+        Ok(machine) => machine,
+        Err(error) => return fail(&error),
+    };
     if let Some(threads) = cli.threads {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.into())
             .build_global();
         pool.expect("the pool is built once, before its first use");
     }
-    match run(cli) {
+    match run(cli, machine) {
         Ok(code) => code,
-        Err(error) => {
-            render::error(&error, error.hint());
-            ExitCode::from(2)
-        }
+        Err(error) => fail(&error),
     }
 }
 
-fn run(cli: Cli) -> Result<ExitCode, CliError> {
+fn fail(error: &CliError) -> ExitCode {
+    render::error(error, error.hint());
+    ExitCode::from(2)
+}
+
+fn run(cli: Cli, machine: Machine) -> Result<ExitCode, CliError> {
     let show = commands::Show {
         json: cli.json,
         quiet: cli.quiet,
     };
     match cli.command {
-        Command::Quantize(args) => commands::quantize::run(&args, show),
+        Command::Quantize(args) => commands::quantize::run(&args, machine, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),
         Command::Eval(EvalCommand::Perplexity { model, text }) => {
-            commands::eval::perplexity(&model, &text, show)
+            commands::eval::perplexity(&model, &text, machine, show)
         }
         Command::Eval(EvalCommand::Compare { base, model, text }) => {
-            commands::eval::compare(&base, &model, &text, show)
+            commands::eval::compare(&base, &model, &text, machine, show)
         }
-        Command::Run(args) => commands::run::run(&args, show),
+        Command::Run(args) => commands::run::run(&args, machine, show),
         Command::Completions { shell } => commands::shell::completions(shell),
         Command::Man { dir } => commands::shell::man(&dir),
         Command::Synth(args) => commands::synth::run(&args, show),

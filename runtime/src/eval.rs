@@ -5,7 +5,6 @@
 
 use crate::math;
 use crate::{Decoder, RuntimeError};
-use rayon::prelude::*;
 use serde::Serialize;
 
 /// Tokens run at once.
@@ -384,17 +383,16 @@ fn score<T: Send>(
                     decoder.logits(&rows)
                 })
                 .collect();
-            let values = targets.par_iter().enumerate().map(|(i, &at)| {
+            let pool = &decoders[0].cpu().pool;
+            out.extend(pool.map(targets.len(), |i| {
+                let at = targets[i];
                 let logits: Vec<&[f32]> = logits
                     .iter()
                     .map(|logits| &logits[i * vocab..(i + 1) * vocab])
                     .collect();
-                row(
-                    &logits,
-                    chunk[at / protocol.window][at % protocol.window] as usize,
-                )
-            });
-            out.extend(values.collect::<Vec<T>>());
+                let target = chunk[at / protocol.window][at % protocol.window];
+                row(&logits, target as usize)
+            }));
         }
     }
     progress(windows.len(), windows.len());

@@ -4,6 +4,7 @@ use crate::args::QuantizeArgs;
 use crate::commands::Show;
 use crate::commands::plan::{Group, groups};
 use crate::error::CliError;
+use crate::machine::Machine;
 use crate::plan::{Plan, head_grid};
 use crate::progress::{Progress, peak_rss_bytes};
 use crate::recipe::Recipe;
@@ -55,7 +56,7 @@ struct WorstTensor {
     relative_error: f64,
 }
 
-pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError> {
+pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let recipe = Recipe::from_args(&args.recipe)?;
     let model = Model::open(&args.input)?;
@@ -65,7 +66,8 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         });
     };
     check_output(&args.output, checkpoint.input_paths())?;
-    let parts = Parts::new(&model)?;
+    let cpu = machine.cpu(qbin_runtime::Path::Reference);
+    let parts = Parts::new(&model, &cpu)?;
     // Methods that need no calibration need no tokenizer, but the artifact carries it.
     loaded::tokenizer(&model, &parts.config)?;
     let mut plan = Plan::new(&model, &parts.config, &recipe, args.calibration.seed)?;

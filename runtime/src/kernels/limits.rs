@@ -6,7 +6,7 @@
 //! often reads faster with it. The peaks are of independent chains in registers, so that nothing but the execution
 //! units can limit them.
 
-use crate::kernels::{Isa, Level, Vectorized};
+use crate::kernels::isa::{Isa, Level, Vectorized};
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};

@@ -7,8 +7,16 @@
 //! borrowed work need it.
 #![allow(unsafe_code)]
 
+mod activations;
+pub(crate) mod attention;
+pub(crate) mod dense;
+pub(crate) mod elementwise;
 mod isa;
 pub mod limits;
+mod pool;
+mod quantized;
 
-use isa::Vectorized;
+pub use activations::{ActivationRows, Activations, activation_group};
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
+pub use pool::{Columns, Pool, default_threads};
+pub use quantized::{Output, matmul, matmul_columns};

@@ -9,7 +9,7 @@
 
 use qbin_format::Model;
 use qbin_runtime::{Decoder, Parts};
-use qbin_tests::{golden, numbers, root};
+use qbin_tests::{golden, numbers, reference_cpu, root};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -189,7 +189,7 @@ fn logits_difference(folder: &Path, model: &str) -> Option<f64> {
     let list = |key: &str| numbers(&golden[key]);
     let tokens: Vec<u32> = list("tokens").into_iter().map(|id| id as u32).collect();
     let model = Model::open(folder).expect("a model folder");
-    let parts = Parts::new(&model).expect("a supported model");
+    let parts = Parts::new(&model, &reference_cpu()).expect("a supported model");
     let decoder = Decoder::new(&parts).expect("finite weights");
     let hidden = decoder
         .forward(&[&tokens], None)

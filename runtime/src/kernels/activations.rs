@@ -1,0 +1,324 @@
+//! Activations as int8, one scale per token and group of columns.
+
+use qbin_format::{Scheme, TILE_COLS};
+
+use super::isa::{Isa, Vectorized};
+
+/// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
+const DEFAULT_GROUP: usize = 128;
+
+/// A group whose largest magnitude is below this counts as zero: `127 / max` would come near f32's limit.
+const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
+
+/// Columns that share an activation scale beside weights of this scheme: a divisor of the weights' group, at most 128,
+/// so that a group's integer sum is exact in f32 (`255 · 127 · 128 < 2^24`).
+///
+/// One scale per row is used with every 128 columns. A weight group above 128 is cut into its largest part that the
+/// vector kernels are made for (128, 96, 64 or 32 columns), else into its largest divisor.
+pub fn activation_group(scheme: Scheme, cols: usize) -> usize {
+    match scheme.group_size {
+        Some(group) if group < cols && group <= DEFAULT_GROUP => group,
+        Some(group) if group < cols => {
+            let divides = |part: &usize| group.is_multiple_of(*part);
+            let made_for = [128, 96, 64, 32].into_iter().find(divides);
+            made_for
+                .or_else(|| (1..DEFAULT_GROUP).rev().find(divides))
+                .expect("one divides every group")
+        }
+        _ => DEFAULT_GROUP,
+    }
+}
+
+/// int8 activations of some tokens: `x ≈ scale · code`, symmetric, one scale per token and group of columns.
+///
+/// With `max` the largest magnitude of a group: `scale = max / 127`, `code = round(x · (127 / max))`, ties to even. A
+/// group below 2⁻¹⁰⁰ in magnitude has scale 0 and codes 0. A group with an infinity or NaN has the scale NaN and codes
+/// 0, so that every output of that token becomes NaN.
+#[derive(Clone, Debug, Default)]
+pub struct Activations {
+    tokens: usize,
+    cols: usize,
+    /// Columns of a group; the last one may be short.
+    group: usize,
+    /// `[tokens, cols padded to 64]`, padding 0.
+    codes: Vec<i8>,
+    /// `[tokens, groups]`.
+    scales: Vec<f32>,
+    /// Sum of the codes, `[tokens, groups]`.
+    sums: Vec<i32>,
+}
+
+impl Activations {
+    /// Quantizes `x`, `[tokens, cols]` row major, for weights of `scheme` with `cols` columns.
+    ///
+    /// # Panics
+    /// If `cols` is 0 or does not divide the length of `x`.
+    #[track_caller]
+    pub fn quantize(isa: Isa, x: &[f32], cols: usize, scheme: Scheme) -> Self {
+        assert!(
+            cols > 0 && x.len().is_multiple_of(cols),
+            "{} values in rows of {cols}",
+            x.len()
+        );
+        let mut activations = Self::default();
+        activations.reset(x.len() / cols, cols, scheme);
+        for (part, x) in activations.parts(1).zip(x.chunks_exact(cols)) {
+            part.fill(isa, x);
+        }
+        activations
+    }
+
+    /// Makes room for `tokens` rows of `cols` columns, keeping the buffers; what they hold is unspecified until every
+    /// one of [`Self::parts`] is filled.
+    ///
+    /// # Panics
+    /// If `cols` is 0.
+    #[track_caller]
+    pub fn reset(&mut self, tokens: usize, cols: usize, scheme: Scheme) {
+        assert!(cols > 0, "activations without columns");
+        self.tokens = tokens;
+        self.cols = cols;
+        self.group = activation_group(scheme, cols);
+        self.codes.resize(tokens * self.stride(), 0);
+        self.scales.resize(tokens * self.groups(), 0.0);
+        self.sums.resize(tokens * self.groups(), 0);
+    }
+
+    /// The rows in parts of `tokens` (the last may be shorter), to be filled in any order and by any thread.
+    ///
+    /// # Panics
+    /// If `tokens` is 0.
+    #[track_caller]
+    pub fn parts(&mut self, tokens: usize) -> impl Iterator<Item = ActivationRows<'_>> {
+        let (cols, group, stride, groups) = (self.cols, self.group, self.stride(), self.groups());
+        let codes = self.codes.chunks_mut(tokens * stride);
+        let scales = self.scales.chunks_mut(tokens * groups);
+        let sums = self.sums.chunks_mut(tokens * groups);
+        codes
+            .zip(scales)
+            .zip(sums)
+            .map(move |((codes, scales), sums)| ActivationRows {
+                cols,
+                group,
+                codes,
+                scales,
+                sums,
+            })
+    }
+
+    /// Rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Columns, without padding.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns of a group; the last one may be shorter.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.cols.div_ceil(self.group)
+    }
+
+    /// Columns with padding.
+    pub(crate) fn stride(&self) -> usize {
+        self.cols.next_multiple_of(TILE_COLS)
+    }
+
+    /// Codes of one token, padded with 0 to a multiple of 64.
+    pub fn codes(&self, token: usize) -> &[i8] {
+        &self.codes[token * self.stride()..][..self.stride()]
+    }
+
+    /// Scales of one token, one per group.
+    pub fn scales(&self, token: usize) -> &[f32] {
+        &self.scales[token * self.groups()..][..self.groups()]
+    }
+
+    /// Sums of the codes of one token, one per group.
+    pub fn sums(&self, token: usize) -> &[i32] {
+        &self.sums[token * self.groups()..][..self.groups()]
+    }
+}
+
+/// Some rows of [`Activations`], to be filled.
+#[derive(Debug)]
+pub struct ActivationRows<'a> {
+    cols: usize,
+    group: usize,
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+}
+
+impl ActivationRows<'_> {
+    /// Rows in this part.
+    pub fn tokens(&self) -> usize {
+        self.codes.len() / self.cols.next_multiple_of(TILE_COLS)
+    }
+
+    /// Quantizes `x`, `[tokens, cols]` row major.
+    ///
+    /// # Panics
+    /// If `x` has another length.
+    #[track_caller]
+    pub fn fill(self, isa: Isa, x: &[f32]) {
+        assert_eq!(
+            x.len(),
+            self.tokens() * self.cols,
+            "{} tokens of {}",
+            self.tokens(),
+            self.cols
+        );
+        isa.run(Fill { rows: self, x });
+    }
+}
+
+struct Fill<'a> {
+    rows: ActivationRows<'a>,
+    x: &'a [f32],
+}
+
+impl Vectorized for Fill<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let ActivationRows {
+            cols,
+            group,
+            codes,
+            scales,
+            sums,
+        } = self.rows;
+        let (stride, groups) = (cols.next_multiple_of(TILE_COLS), cols.div_ceil(group));
+        for (token, x) in self.x.chunks_exact(cols).enumerate() {
+            let (codes, padding) = codes[token * stride..][..stride].split_at_mut(cols);
+            padding.fill(0);
+            let scales = &mut scales[token * groups..][..groups];
+            let sums = &mut sums[token * groups..][..groups];
+            for (at, (x, codes)) in x.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
+                (scales[at], sums[at]) = quantize_group(x, codes);
+            }
+        }
+    }
+}
+
+/// Writes the codes of one group; returns its scale and the sum of the codes.
+#[inline(always)]
+fn quantize_group(x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+    // Magnitudes compare like their bits, infinities above all numbers and NaN above those.
+    let max = x
+        .iter()
+        .fold(0, |max, x| max.max(x.to_bits() & (u32::MAX >> 1)));
+    let max = f32::from_bits(max);
+    if !(SMALLEST..=f32::MAX).contains(&max) {
+        codes.fill(0);
+        return (if max < SMALLEST { 0.0 } else { f32::NAN }, 0);
+    }
+    /// Added to a small number, it leaves no bits for a fraction: the sum is rounded, ties to even, and its low bits
+    /// are the integer.
+    const ROUND: f32 = (3 << 22) as f32;
+    let inverse = 127.0 / max;
+    let mut sum = 0;
+    for (code, x) in codes.iter_mut().zip(x) {
+        let rounded = (x * inverse + ROUND)
+            .to_bits()
+            .wrapping_sub(ROUND.to_bits()) as i32;
+        *code = rounded as i8;
+        sum += rounded;
+    }
+    (max / 127.0, sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const G32: Scheme = Scheme {
+        bits: 4,
+        group_size: Some(32),
+        symmetric: true,
+    };
+
+    #[test]
+    fn groups_follow_the_weights_and_stay_small() {
+        let group = |group_size, cols| activation_group(Scheme { group_size, ..G32 }, cols);
+        assert_eq!(
+            [
+                group(Some(32), 100),
+                group(Some(6), 100),
+                group(Some(100), 100)
+            ],
+            [32, 6, 128]
+        );
+        assert_eq!(
+            [
+                group(None, 1000),
+                group(Some(256), 1000),
+                group(Some(192), 1000)
+            ],
+            [128, 128, 96]
+        );
+        assert_eq!([group(Some(200), 1000), group(Some(131), 1000)], [100, 1]);
+    }
+
+    #[test]
+    fn codes_are_rounded_to_even_and_padded() {
+        let mut x = vec![0.0; 70];
+        x[..5].copy_from_slice(&[127.0, 0.5, 1.5, -2.5, -126.6]);
+        x[32..34].copy_from_slice(&[-2.0, 1.0]);
+        for isa in Isa::available() {
+            let rows = Activations::quantize(isa, &x, 70, G32);
+            assert_eq!((rows.tokens(), rows.groups(), rows.stride()), (1, 3, 128));
+            assert_eq!(rows.codes(0)[..5], [127, 0, 2, -2, -127]);
+            assert_eq!(rows.codes(0)[32..35], [-127, 64, 0]);
+            assert_eq!(rows.scales(0), [1.0, 2.0 / 127.0, 0.0]);
+            assert_eq!(rows.sums(0), [0, -63, 0]);
+            assert!(rows.codes(0)[70..].iter().all(|&code| code == 0));
+        }
+    }
+
+    #[test]
+    fn every_level_and_every_part_gives_the_same_bits() {
+        let cols = 203;
+        let x: Vec<f32> = (0..7 * cols)
+            .map(|i| (i as f32 * 0.37).sin() * (i % 17) as f32)
+            .collect();
+        let expected = Activations::quantize(Isa::available()[0], &x, cols, G32);
+        for isa in Isa::available() {
+            let mut rows = Activations::quantize(isa, &vec![9.0; 600], 300, G32);
+            rows.reset(7, cols, G32);
+            for (part, x) in rows.parts(3).zip(x.chunks(3 * cols)) {
+                part.fill(isa, x);
+            }
+            assert_eq!(rows.codes, expected.codes);
+            assert_eq!(rows.sums, expected.sums);
+            let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&rows.scales), bits(&expected.scales));
+        }
+    }
+
+    #[test]
+    fn non_finite_and_tiny_groups() {
+        for isa in Isa::available() {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let rows = Activations::quantize(isa, &[1.0, bad, 2.0], 3, G32);
+                assert!(rows.scales(0)[0].is_nan() && rows.codes(0).iter().all(|&code| code == 0));
+            }
+            let rows = Activations::quantize(isa, &[f32::MAX, -1.0], 2, G32);
+            assert_eq!(
+                (rows.codes(0)[0], rows.scales(0)[0]),
+                (127, f32::MAX / 127.0)
+            );
+            let rows = Activations::quantize(isa, &[f32::MIN_POSITIVE, 1e-40], 2, G32);
+            assert_eq!((rows.codes(0)[0], rows.scales(0)[0]), (0, 0.0));
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! One panel of a packed matrix: 16 output rows with all their columns.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use qbin_format::{QuantizedView, TILE_COLS, TILE_ROWS};
+
+/// Bytes of one vector of codes: 16 rows × 4 columns.
+pub(super) const VECTOR: usize = 64;
+
+/// A panel of a [`QuantizedView`].
+#[derive(Clone, Copy)]
+pub(super) struct Panel<'a> {
+    pub(super) bits: u8,
+    /// The code of zero where the scheme is symmetric.
+    mid: u8,
+    /// `[tiles, 512]` or `[tiles, 1024]`.
+    pub(super) codes: &'a [u8],
+    /// f16 little endian, `[groups, 16]`.
+    pub(super) scales: &'a [u8],
+    /// `[groups, 16]` or empty.
+    pub(super) zero_points: &'a [u8],
+}
+
+impl<'a> Panel<'a> {
+    pub(super) fn of(w: &QuantizedView<'a>, panel: usize) -> Self {
+        let tiles =
+            w.cols.div_ceil(TILE_COLS) * TILE_ROWS * TILE_COLS * usize::from(w.scheme.bits) / 8;
+        let parameters = w.scheme.groups(w.cols) * TILE_ROWS;
+        let zero_points = if w.scheme.symmetric { 0 } else { parameters };
+        Self {
+            bits: w.scheme.bits,
+            mid: w.scheme.mid(),
+            codes: &w.codes[panel * tiles..][..tiles],
+            scales: &w.scales[panel * 2 * parameters..][..2 * parameters],
+            zero_points: &w.zero_points[panel * zero_points..][..zero_points],
+        }
+    }
+
+    /// The codes of four columns, `[16 rows, 4]`.
+    #[inline(always)]
+    pub(super) fn quad(&self, quad: usize) -> [[u8; 4]; TILE_ROWS] {
+        let (vector, shift, mask) = if self.bits == 8 {
+            (quad, 0, 0xff)
+        } else {
+            (quad / 2, quad % 2 * 4, 0x0f)
+        };
+        let (codes, _) = self.codes[vector * VECTOR..][..VECTOR].as_chunks::<4>();
+        std::array::from_fn(|row| codes[row].map(|code| code >> shift & mask))
+    }
+
+    /// Scales of a weight group, one per row.
+    #[inline(always)]
+    pub(super) fn scales(&self, group: usize) -> [f32; TILE_ROWS] {
+        let (scales, _) = self.scales[group * 2 * TILE_ROWS..][..2 * TILE_ROWS].as_chunks::<2>();
+        let halves: [f16; TILE_ROWS] = std::array::from_fn(|row| f16::from_le_bytes(scales[row]));
+        let mut out = [0.0; TILE_ROWS];
+        halves.convert_to_f32_slice(&mut out);
+        out
+    }
+
+    /// Zero points of a weight group, one per row.
+    #[inline(always)]
+    pub(super) fn zero_points(&self, group: usize) -> [i32; TILE_ROWS] {
+        match self
+            .zero_points
+            .get(group * TILE_ROWS..(group + 1) * TILE_ROWS)
+        {
+            Some(stored) => std::array::from_fn(|row| i32::from(stored[row])),
+            None => [i32::from(self.mid); TILE_ROWS],
+        }
+    }
+}
