@@ -170,3 +170,166 @@ impl Attention<'_> {
         state
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Path;
+    use crate::kernels::Isa;
+    use crate::kv_cache::HeadShape;
+
+    fn config(heads: usize, kv_heads: usize, head_dim: usize) -> ModelConfig {
+        let text = format!(
+            r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
+            "head_dim": {head_dim}, "intermediate_size": 8, "vocab_size": 8, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": true}}"#
+        );
+        ModelConfig::from_json(text.as_bytes()).expect("a config")
+    }
+
+    /// Queries, keys and values of one sequence, `[tokens, q_dim + 2 · kv_dim]`.
+    struct Case {
+        config: ModelConfig,
+        rows: Vec<f32>,
+        tokens: usize,
+        window: Option<usize>,
+    }
+
+    impl Case {
+        fn new(config: ModelConfig, tokens: usize, window: Option<usize>) -> Self {
+            let stride = config.q_dim() + 2 * config.kv_dim();
+            // Scores of some size, so that maxima change from page to page.
+            let value = |i: usize| ((i * 7919 % 1009) as f32 * 0.123).sin() * 1.7;
+            Self {
+                rows: (0..tokens * stride).map(value).collect(),
+                config,
+                tokens,
+                window,
+            }
+        }
+
+        fn stride(&self) -> usize {
+            self.config.q_dim() + 2 * self.config.kv_dim()
+        }
+
+        /// All tokens in steps of the given lengths.
+        fn run(&self, cpu: &Cpu, steps: &[usize]) -> Vec<f32> {
+            assert_eq!(steps.iter().sum::<usize>(), self.tokens);
+            let (stride, q_dim) = (self.stride(), self.config.q_dim());
+            let mut cache = BlockCache::new(HeadShape::of(&self.config), 0);
+            let (mut out, mut past) = (Vec::new(), 0);
+            for &len in steps {
+                let rows = &self.rows[past * stride..(past + len) * stride];
+                cache.append(&cpu.pool, len, |token| {
+                    rows[token * stride + q_dim..(token + 1) * stride]
+                        .split_at(self.config.kv_dim())
+                });
+                let span = Span {
+                    first: 0,
+                    len,
+                    past,
+                    cache: &cache,
+                };
+                let mixed = attend(cpu, &self.config, (rows, stride), &[span], self.window);
+                out.extend(mixed);
+                past += len;
+            }
+            out
+        }
+
+        /// Softmax in f64 over the whole row: the mixed value of one channel and the largest value it mixes.
+        fn exact(&self, token: usize, head: usize, channel: usize) -> (f64, f64) {
+            let (dim, stride, q_dim) = (self.config.head_dim, self.stride(), self.config.q_dim());
+            let kv_head = head / (self.config.num_heads / self.config.num_kv_heads);
+            let at = |row: usize, from: usize| &self.rows[row * stride + from..][..dim];
+            let first = self
+                .window
+                .map_or(0, |window| (token + 1).saturating_sub(window));
+            let q = at(token, head * dim);
+            let (mut sum, mut mixed, mut largest) = (0.0, 0.0, 0f64);
+            for position in first..=token {
+                let key = at(position, q_dim + kv_head * dim);
+                let products = q
+                    .iter()
+                    .zip(key)
+                    .map(|(q, k)| f64::from(*q) * f64::from(*k));
+                let weight = (products.sum::<f64>() / (dim as f64).sqrt()).exp();
+                let v = at(position, q_dim + self.config.kv_dim() + kv_head * dim)[channel];
+                sum += weight;
+                mixed += weight * f64::from(v);
+                largest = largest.max(f64::from(v).abs());
+            }
+            (mixed / sum, largest)
+        }
+    }
+
+    #[test]
+    fn agrees_with_a_softmax_in_f64() {
+        let cases = [
+            Case::new(config(4, 2, 12), 150, None),
+            Case::new(config(2, 2, 64), 70, None),
+            Case::new(config(7, 1, 80), 65, None),
+            Case::new(config(4, 2, 16), 200, Some(33)),
+            Case::new(config(2, 1, 32), 3 * SPLIT / 2, None),
+        ];
+        let cpu = Cpu::new(Path::Fast, Isa::detect(), 2);
+        for case in &cases {
+            let out = case.run(&cpu, &[case.tokens]);
+            for token in (0..case.tokens).step_by(7).chain([case.tokens - 1]) {
+                for head in 0..case.config.num_heads {
+                    let dim = case.config.head_dim;
+                    for channel in [0, dim / 2, dim - 1] {
+                        let (exact, largest) = case.exact(token, head, channel);
+                        let got = out[token * case.config.q_dim() + head * dim + channel];
+                        // A score is off by about ε·dim·|q||k|/√dim, at most 3·dim·ε here, and a weight by as much
+                        // relatively; exponentials are good to 2⁻²², sums to ε per position.
+                        let epsilon = f64::from(f32::EPSILON);
+                        let relative = (3 * dim + token + 8) as f64 * epsilon;
+                        let error = (f64::from(got) - exact).abs();
+                        assert!(error <= 2.0 * relative * largest, "{token}: {error:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_bits_for_every_level_thread_count_and_step() {
+        let cases = [
+            Case::new(config(4, 2, 12), 150, None),
+            Case::new(config(7, 1, 80), 90, Some(40)),
+            Case::new(config(2, 1, 16), 2 * SPLIT + 5, None),
+            Case::new(config(2, 1, 16), 2 * SPLIT + 5, Some(SPLIT - 30)),
+        ];
+        for case in &cases {
+            let scalar = Cpu::new(Path::Fast, Isa::available()[0], 1);
+            let expected = case.run(&scalar, &[case.tokens]);
+            for isa in Isa::available() {
+                for threads in 1..=3 {
+                    let cpu = Cpu::new(Path::Fast, isa, threads);
+                    let n = case.tokens;
+                    for steps in [vec![n], vec![1; n], vec![n / 2, 1, n - n / 2 - 4, 3]] {
+                        let got = case.run(&cpu, &steps);
+                        let same = got
+                            .iter()
+                            .zip(&expected)
+                            .all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same, "{isa:?}, {threads} threads, {} steps", steps.len());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_visible() {
+        let mut case = Case::new(config(2, 1, 16), 80, None);
+        let (stride, q_dim) = (case.stride(), case.config.q_dim());
+        case.rows[70 * stride + q_dim] = f32::NAN;
+        let cpu = Cpu::new(Path::Fast, Isa::detect(), 1);
+        let out = case.run(&cpu, &[80]);
+        assert!(out[..70 * q_dim].iter().all(|value| value.is_finite()));
+        assert!(out[70 * q_dim..].iter().all(|value| value.is_nan()));
+    }
+}
