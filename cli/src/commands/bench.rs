@@ -185,7 +185,7 @@ impl<'a> Sequences<'a> {
                 .map(|_| decoder.cache(plan.positions()))
                 .collect(),
             tokens: (0..batch).map(sequence).collect(),
-            sampler: Sampler::new(Sampling::default())?,
+            sampler: Sampler::new(Sampling::default(), decoder.cpu().isa)?,
         })
     }
 
