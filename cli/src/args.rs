@@ -18,12 +18,19 @@ pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Threads [default: the cores this process may use].
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) threads: Option<u16>,
-    /// Instruction set: scalar, avx2, avxvnni, avx512, amx or neon [default: the highest of this machine].
-    #[arg(long, global = true, value_name = "SET", env = "QBIN_ISA")]
-    pub(crate) isa: Option<Level>,
+    /// Threads [default: the cores this process may use]; `bench` takes a list.
+    #[arg(long, global = true, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Vec<u16>,
+    /// Instruction set: scalar, avx2, avxvnni, avx512, amx or neon [default: the highest of this machine]; `bench`
+    /// takes a list.
+    #[arg(
+        long,
+        global = true,
+        value_name = "SET",
+        value_delimiter = ',',
+        env = "QBIN_ISA"
+    )]
+    pub(crate) isa: Vec<Level>,
     /// Print one JSON object on stdout instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -51,6 +58,8 @@ pub(crate) enum Command {
     Eval(EvalCommand),
     /// Generate text.
     Run(RunArgs),
+    /// Measure speed and memory, beside what this machine could do at most.
+    Bench(BenchArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -242,6 +251,47 @@ pub(crate) struct RunArgs {
     /// Seed of the choice.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+/// `qbin bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// A checkpoint or an artifact; it needs no tokenizer.
+    pub(crate) model: PathBuf,
+    /// Tokens of a prompt.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    pub(crate) prompt: usize,
+    /// Tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
+    pub(crate) generate: usize,
+    /// Positions in the cache before the first generated token [default: those of the prompt].
+    #[arg(long, value_name = "N")]
+    pub(crate) depth: Option<usize>,
+    /// Sequences at the same time; a list, for example `1,4`.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = positive)]
+    pub(crate) batch: Vec<usize>,
+    /// Arithmetic of the linears: `reference` (dequantized, f32) or `fast` (packed weights, int8 activations).
+    #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
+    pub(crate) path: Path,
+    /// Measurements of each figure, after one that does not count.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
+    pub(crate) repeat: usize,
+    /// Price of this machine for an hour, in any currency: shows what a million tokens cost.
+    #[arg(long, value_name = "X", value_parser = price, allow_negative_numbers = true)]
+    pub(crate) price_per_hour: Option<f64>,
+    /// Do not measure what the machine could do.
+    #[arg(long)]
+    pub(crate) no_limits: bool,
+    /// Seed of the prompts' token ids.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|price: &f64| price.is_finite() && *price >= 0.0)
+        .ok_or_else(|| format!("`{text}` is no price, expected a number from 0 up"))
 }
 
 /// `qbin synth`.

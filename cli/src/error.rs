@@ -1,5 +1,6 @@
 //! What can go wrong in a command: the libraries' errors, and what only the commands know.
 
+use crate::render;
 use std::path::{Path, PathBuf};
 
 /// An error of a command.
@@ -72,6 +73,18 @@ pub(crate) enum CliError {
     NotText { path: PathBuf, at: usize },
     #[error("the prompt is empty and the model has no beginning-of-sequence token to start from")]
     EmptyPrompt,
+    #[error("`--threads` and `--isa` take one value each, except for `bench`")]
+    SeveralMachines,
+    #[error(
+        "a batch of {batch} sequences of {positions} tokens needs about {}, but only {} of memory is available",
+        render::bytes(*need), render::bytes(*available)
+    )]
+    BatchTooLarge {
+        batch: usize,
+        positions: usize,
+        need: u64,
+        available: u64,
+    },
 }
 
 impl CliError {
@@ -98,6 +111,7 @@ impl CliError {
             Self::Recipe { source, .. } => source.hint(),
             Self::NoTokenizer { .. } => Some("put the model's `tokenizer.json` into the same folder, or give token ids with `--calib FILE.npy`".into()),
             Self::WindowTooLong { .. } => Some("give `--calib-tokens` a smaller number".into()),
+            Self::BatchTooLarge { .. } => Some("ask for fewer sequences with `--batch` or fewer tokens with `--prompt` and `--generate`".into()),
             Self::AlreadyQuantized { .. } => Some("start from the original checkpoint".into()),
             _ => None,
         }

@@ -4,9 +4,10 @@ use crate::args::QuantizeArgs;
 use crate::commands::Show;
 use crate::commands::plan::{Group, groups};
 use crate::error::CliError;
+use crate::host::Resident;
 use crate::machine::Machine;
 use crate::plan::{Plan, head_grid};
-use crate::progress::{Progress, peak_rss_bytes};
+use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::{calibration, loaded, render};
 use qbin_calib_data::Windows;
@@ -109,7 +110,7 @@ pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<E
     let summary = job.finish(plan, &recipe)?;
     let summary = Summary {
         seconds: start.elapsed().as_secs_f64(),
-        peak_rss_bytes: peak_rss_bytes(),
+        peak_rss_bytes: Resident::read().peak_bytes,
         activation_bytes,
         ..summary
     };

@@ -12,6 +12,7 @@ pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod elementwise;
 mod isa;
+pub mod limits;
 pub(crate) mod logits;
 mod pool;
 mod quantized;
