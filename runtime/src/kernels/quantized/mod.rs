@@ -13,6 +13,8 @@
 //! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
 //! file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
+#[cfg(any(target_arch = "x86_64", test))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -28,12 +30,18 @@ mod vectors;
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use qbin_format::Scheme;
 use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
 use super::pool::Columns;
 use output::Panels;
+
+/// Tokens above which AMX is used; not tuned.
+#[cfg(target_arch = "x86_64")]
+const TILED: usize = 4;
 
 /// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
@@ -91,7 +99,11 @@ struct Product<'a, 'o> {
 #[cfg(target_arch = "x86_64")]
 fn vectorized(isa: Isa, product: Product) {
     use avx2::{Bytes, Halves, Nibbles, Vnni};
-    if let Some(v) = avx512::Avx512::of(isa) {
+    if product.x.tokens() > TILED
+        && let Some(tiles) = amx::Amx::of(isa)
+    {
+        amx::run(isa, tiles, product);
+    } else if let Some(v) = avx512::Avx512::of(isa) {
         blocks::run(v, product);
     } else if let Some(v) = Halves::<Vnni>::of(isa) {
         blocks::run(v, product);
@@ -112,4 +124,45 @@ fn vectorized(isa: Isa, product: Product) {
 #[cfg(not(target_arch = "x86_64"))]
 fn vectorized(isa: Isa, product: Product) {
     isa.run(product);
+}
+
+/// Whether products at this level have the bits of the definition, tried on small ones.
+///
+/// AMX is checked by this before it is offered: silently wrong results would be worse than none.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
+    [(4, 32), (4, 128), (8, 96)]
+        .into_iter()
+        .all(|(bits, group)| {
+            let scheme = Scheme {
+                bits,
+                group_size: Some(group),
+                symmetric: false,
+            };
+            // Any bytes will do: 33 rows and 200 columns in 3 panels of 4 tiles, f16 scales below 2.
+            let bytes = |len: usize, limit: usize| -> Vec<u8> {
+                (0..len).map(|i| (i * i % 251 % limit) as u8).collect()
+            };
+            let parameters = 3 * scheme.groups(200) * 16;
+            let w = QuantizedView {
+                scheme,
+                rows: 33,
+                cols: 200,
+                sparsity: Sparsity::Dense,
+                codes: &bytes(3 * 4 * 128 * usize::from(bits), 256),
+                scales: &bytes(2 * parameters, 60),
+                zero_points: &bytes(parameters, 16),
+            };
+            let x: Vec<f32> = bytes(37 * 200, 251)
+                .iter()
+                .map(|&byte| f32::from(byte) - 125.0)
+                .collect();
+            let run = |isa: Isa| {
+                let mut out = vec![0.0; 37 * 33];
+                let x = Activations::quantize(isa, &x, 200, scheme);
+                matmul(isa, &w, 0..33, &x, &mut Columns::whole(&mut out, 33));
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            run(isa) == run(scalar)
+        })
 }
