@@ -62,6 +62,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     };
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(&args, show),
+        Command::Prune(args) => commands::prune::run(&args, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),

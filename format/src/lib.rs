@@ -47,4 +47,4 @@ pub use pack::{PackedMatrix, TILE_COLS, TILE_ROWS};
 pub use quantized::{QuantizedMatrix, Scheme};
 pub use quantized_view::QuantizedView;
 pub use safetensors_writer::SafetensorsWriter;
-pub use tensor::TensorView;
+pub use tensor::{TensorView, float_bytes};

@@ -131,6 +131,24 @@ impl Factor {
     /// # Panics
     /// If `weight` is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
     pub fn quantize(&self, weight: &[f32], rows: usize, grid: &Grid) -> Result<Gptq, QuantError> {
+        self.quantize_survivors(weight, rows, grid, None)
+    }
+
+    /// [`Factor::quantize`] with some weights held at zero: `zeros` is `[rows, n]`, true for those. They get
+    /// the code of zero, their errors are fed forward like any other, and groups are fitted to the others.
+    ///
+    /// # Errors
+    /// [`QuantError::NonFiniteWeight`], [`QuantError::Bits`].
+    ///
+    /// # Panics
+    /// If `weight` or `zeros` is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
+    pub fn quantize_survivors(
+        &self,
+        weight: &[f32],
+        rows: usize,
+        grid: &Grid,
+        zeros: Option<&[bool]>,
+    ) -> Result<Gptq, QuantError> {
         let cols = self.n();
         assert!(
             self.fits(grid),
@@ -138,6 +156,10 @@ impl Factor {
         );
         check_weight(weight, rows, cols)?;
         grid.check(cols)?;
+        assert!(
+            zeros.is_none_or(|zeros| zeros.len() == weight.len()),
+            "zeros is not [rows, n]"
+        );
         let mut report = GptqReport {
             damp_fraction: self.damp_fraction,
             relative_error: 0.0,
@@ -147,7 +169,15 @@ impl Factor {
         };
         if self.is_dead() {
             report.fallback = Some("round-to-nearest: every calibration input was zero".into());
-            let quantized = rtn(weight, rows, cols, grid, None, None)?;
+            let mut weight = weight.to_vec();
+            for (weight, _) in weight
+                .iter_mut()
+                .zip(zeros.unwrap_or_default())
+                .filter(|(_, zero)| **zero)
+            {
+                *weight = 0.0;
+            }
+            let quantized = rtn(&weight, rows, cols, grid, None, None)?;
             return Ok(Gptq { quantized, report });
         }
 
@@ -156,10 +186,13 @@ impl Factor {
         let mut out = Parts::new(rows, cols, grid);
         let tallies: Vec<Tally> = (out.par_panels(height), weight.par_chunks(height * cols))
             .into_par_iter()
-            .map(|(mut out, weight)| {
-                let mut tally = Sweep::new(self, grid, &importance, weight, &mut out).run();
+            .enumerate()
+            .map(|(panel, (mut out, weight))| {
+                let zeros = zeros.map(|zeros| &zeros[panel * height * cols..][..weight.len()]);
+                let mut tally = Sweep::new(self, grid, &importance, weight, zeros, &mut out).run();
                 if let Some(curvature) = &self.curvature {
-                    let gain = refine(curvature, grid, weight, &mut out, self.refine_sweeps);
+                    let sweeps = self.refine_sweeps;
+                    let gain = refine(curvature, grid, weight, zeros, &mut out, sweeps);
                     tally.loss -= gain.loss;
                     tally.error = gain.error;
                 }
@@ -219,6 +252,8 @@ struct Sweep<'a, 'b> {
     grid: &'a Grid,
     /// Weight of each place of the sweep in the scale search.
     importance: &'a [f32],
+    /// Weights held at zero, `[rows, n]`.
+    zeros: Option<&'a [bool]>,
     rows: usize,
     /// `[2·rows, n]` in sweep order: the errors `W − Q` of finished columns above the weights, stacked so
     /// that the feedback and the signal's norm cost one product.
@@ -233,6 +268,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
         grid: &'a Grid,
         importance: &'a [f32],
         weight: &[f32],
+        zeros: Option<&'a [bool]>,
         out: &'a mut Panel<'b>,
     ) -> Self {
         let n = factor.n();
@@ -247,6 +283,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
             factor,
             grid,
             importance,
+            zeros,
             rows,
             stacked,
             out,
@@ -327,10 +364,20 @@ impl<'a, 'b> Sweep<'a, 'b> {
         let rows = self.rows;
         let groups = self.out.scales.len() / rows;
         let importance = &self.importance[place..][..current.len() / rows];
+        let columns = &self.factor.order[place..][..importance.len()];
         let mut weights = vec![0f32; importance.len()];
         let mut choose = |row: usize| -> GroupParams {
-            for (weight, column) in weights.iter_mut().zip(current.chunks(rows)) {
-                *weight = column[row];
+            for ((weight, column), &col) in
+                weights.iter_mut().zip(current.chunks(rows)).zip(columns)
+            {
+                // Zero is on every grid, so what is held there has no say in the choice.
+                *weight = match self
+                    .zeros
+                    .is_some_and(|zeros| zeros[row * self.factor.n() + col])
+                {
+                    true => 0.0,
+                    false => column[row],
+                };
             }
             self.grid.params(&weights, Some(importance))
         };
@@ -353,10 +400,15 @@ impl<'a, 'b> Sweep<'a, 'b> {
         let (mut loss, mut error) = (0f64, 0f64);
         for row in 0..rows {
             let target = column[row];
-            let steps = rounders[row].steps(target);
+            let held = self.zeros.is_some_and(|zeros| zeros[row * n + col]);
+            let steps = if held {
+                0.0
+            } else {
+                rounders[row].steps(target)
+            };
             let value = rounders[row].value(steps);
             self.out.codes[row * n + col] = rounders[row].code(steps);
-            self.tally.clipped += u64::from(rounders[row].clips(target, steps));
+            self.tally.clipped += u64::from(!held && rounders[row].clips(target, steps));
             errors[row] = weights[row] - value;
             // From here on the column holds what the later ones must make up for.
             column[row] = target - value;

@@ -229,13 +229,25 @@ impl Metric {
         self.n
     }
 
+    /// The values, `[n, n]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The mean of `x²` per input feature.
+    pub fn diagonal(&self) -> Vec<f64> {
+        (0..self.n)
+            .map(|i| f64::from(self.values[i * self.n + i]))
+            .collect()
+    }
+
     /// `Σ_rows δᵀ M δ` for the rows `delta` (`[rows, n]`).
     pub(crate) fn measure(&self, delta: &[f32]) -> f64 {
         self.measure_rows(delta, 0, self.n).iter().sum()
     }
 
     /// [`Self::measure`] with the rows in fixed panels, in parallel.
-    pub(crate) fn measure_panels(&self, delta: &[f32]) -> f64 {
+    pub fn measure_panels(&self, delta: &[f32]) -> f64 {
         let panels: Vec<f64> = delta
             .par_chunks(PANEL_ROWS * self.n)
             .map(|rows| self.measure(rows))
@@ -244,7 +256,7 @@ impl Metric {
     }
 
     /// `δ·M` for the columns `first..first + len`, `[rows, len]`; `delta` is `[rows, n]`.
-    pub(crate) fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
+    pub fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
         let rows = delta.len() / self.n;
         let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
         let mut product = vec![0f32; rows * len];

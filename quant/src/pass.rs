@@ -1,7 +1,7 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
 use crate::recipe::{Fate, Method, QuantRecipe};
-use crate::{Factor, Gptq, GptqParams, Grid, Moments, QuantError, awq, rtn};
+use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, awq, rtn};
 use qbin_format::{QuantizedMatrix, TensorReport};
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
@@ -19,10 +19,44 @@ const MAX_SHRINK: f64 = 0.5;
 /// The note of a report whose error is not that of outputs.
 pub const WEIGHTS_ALONE: &str = "relative error of the weights alone, without inputs";
 
+/// Says which weights of a linear are held at zero while GPTQ puts the others on their grid.
+pub trait Zeros {
+    /// The mask of a linear, `[rows, cols]`, true for zero; none where nothing is held. `metric` and `factor` are those
+    /// of its inputs.
+    ///
+    /// # Errors
+    /// The choice failed.
+    fn choose(
+        &self,
+        block: usize,
+        kind: LinearKind,
+        weight: &[f32],
+        metric: &Metric,
+        factor: &Factor,
+    ) -> Result<Option<Vec<bool>>, PassError>;
+}
+
+/// Holds what is zero already.
+pub struct Found;
+
+impl Zeros for Found {
+    fn choose(
+        &self,
+        _block: usize,
+        _kind: LinearKind,
+        weight: &[f32],
+        _metric: &Metric,
+        _factor: &Factor,
+    ) -> Result<Option<Vec<bool>>, PassError> {
+        Ok(Some(weight.iter().map(|&w| w == 0.0).collect()))
+    }
+}
+
 /// A quantization pass over the blocks of one model.
 pub struct QuantPass<'a> {
     recipe: &'a QuantRecipe,
     config: &'a ModelConfig,
+    zeros: Option<&'a dyn Zeros>,
     fates: BTreeMap<(usize, LinearKind), Fate>,
     moments: BTreeMap<Site, Moments>,
 }
@@ -44,9 +78,17 @@ impl<'a> QuantPass<'a> {
         Ok(Self {
             recipe,
             config,
+            zeros: None,
             fates,
             moments: BTreeMap::new(),
         })
+    }
+
+    /// The same pass, with GPTQ holding at zero what `zeros` says. The other methods keep a weight that is zero
+    /// as it is without being told: zero is on every grid.
+    #[must_use]
+    pub fn holding(self, zeros: Option<&'a dyn Zeros>) -> Self {
+        Self { zeros, ..self }
     }
 
     /// What becomes of a linear.
@@ -126,16 +168,22 @@ impl<'a> QuantPass<'a> {
                 refine_sweeps: self.recipe.refine,
                 ..GptqParams::new(first)
             };
-            let factor = Factor::new(
-                input.expect("the walk observes a site before it is rewritten"),
-                &params,
-            )?;
+            let input = input.expect("the walk observes a site before it is rewritten");
+            let metric = self.zeros.map(|_| input.metric());
+            let factor = Factor::new(input, &params)?;
             for (kind, grid) in now {
                 let linear = block.linear_mut(kind);
                 let rows = linear.rows;
                 let name = linear.name.clone();
+                let weight = linear.own()?;
+                let zeros = match (self.zeros, &metric) {
+                    (Some(zeros), Some(metric)) => {
+                        zeros.choose(site.block, kind, weight, metric, &factor)?
+                    }
+                    _ => None,
+                };
                 let done = factor
-                    .quantize(linear.own()?, rows, &grid)
+                    .quantize_survivors(weight, rows, &grid, zeros.as_deref())
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
                 put(out, name, gptq_tensor(done, self.recipe.damp));
@@ -411,11 +459,7 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
 }
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the moments, or the same of the weights alone where there are none.
-fn relative_error(
-    weight: &[f32],
-    quantized: &QuantizedMatrix,
-    metric: Option<&crate::Metric>,
-) -> f64 {
+fn relative_error(weight: &[f32], quantized: &QuantizedMatrix, metric: Option<&Metric>) -> f64 {
     let delta: Vec<f32> = quantized
         .dequantize()
         .iter()
