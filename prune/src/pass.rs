@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use qbin_format::TensorReport;
 use qbin_quant::{
-    Factor, Fate, GptqParams, Granularity, Grid, Metric, Moments, QuantError, QuantPass,
+    Factor, Fate, GptqParams, Granularity, Grid, Held, Metric, Moments, QuantError, QuantPass,
     ScaleSearch, Zeros,
 };
 use qbin_runtime::spec::{LinearKind, weight_name};
@@ -246,28 +246,34 @@ impl Zeros for PrunePass<'_> {
         weight: &[f32],
         metric: &Metric,
         factor: &Factor,
-    ) -> Result<Option<Vec<bool>>, PassError> {
+    ) -> Result<Option<Held>, PassError> {
         let Some(sparsity) = self.sparsity(block, kind) else {
             return Ok(None);
         };
-        let cols = metric.n();
-        Ok(Some(
-            self.prune(weight, cols, sparsity, Some(metric), Some(factor))
-                .zeros,
-        ))
+        let pruned = self.prune(weight, metric.n(), sparsity, Some(metric), Some(factor));
+        Ok(Some(Held {
+            // The plain method makes up for zeros and rounding in one sweep. Survivors refined against all zeros
+            // at once are a better start than any single sweep would get to.
+            start: match self.recipe.refine {
+                0 => weight.to_vec(),
+                _ => pruned.weight,
+            },
+            zeros: pruned.zeros,
+        }))
     }
 }
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the metric, or the same of the weights alone where there is none.
 fn relative_error(weight: &[f32], pruned: &[f32], metric: Option<&Metric>) -> f64 {
-    let delta: Vec<f32> = weight.iter().zip(pruned).map(|(w, p)| w - p).collect();
-    let square = |values: &[f32]| match metric {
-        Some(metric) => metric.measure_panels(values),
-        None => values.iter().map(|&v| f64::from(v) * f64::from(v)).sum(),
+    if let Some(metric) = metric {
+        return metric.relative_error(weight, pruned);
+    }
+    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+        values.map(|v| f64::from(v) * f64::from(v)).sum()
     };
-    let signal = square(weight);
+    let signal = square(&mut weight.iter().copied());
     if signal > 0.0 {
-        square(&delta) / signal
+        square(&mut weight.iter().zip(pruned).map(|(w, p)| w - p)) / signal
     } else {
         0.0
     }

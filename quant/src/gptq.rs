@@ -10,7 +10,7 @@ use crate::error::QuantError;
 use crate::factor::Block;
 pub use crate::factor::Factor;
 use crate::grid::{Grid, GroupParams, Rounder};
-use crate::hessian::Moments;
+use crate::hessian::{Metric, Moments};
 use crate::refine::refine;
 use crate::rtn::{Panel, Parts, check_weight, rtn};
 
@@ -78,6 +78,18 @@ pub struct Gptq {
     pub report: GptqReport,
 }
 
+/// A matrix in which some weights are zero and the others are to be put on a grid.
+#[derive(Clone, Copy, Debug)]
+pub struct Survivors<'a> {
+    /// `[rows, n]`, true for the weights held at zero.
+    pub zeros: &'a [bool],
+    /// The weights the sweep starts from, `[rows, n]`: the original ones, for which it then makes up for the
+    /// zeros too, or survivors that do so already.
+    pub start: &'a [f32],
+    /// The mean of `x·xᵀ`, for the report.
+    pub metric: &'a Metric,
+}
+
 /// What GPTQ did with one matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GptqReport {
@@ -134,20 +146,20 @@ impl Factor {
         self.quantize_survivors(weight, rows, grid, None)
     }
 
-    /// [`Factor::quantize`] with some weights held at zero: `zeros` is `[rows, n]`, true for those. They get
-    /// the code of zero, their errors are fed forward like any other, and groups are fitted to the others.
+    /// [`Factor::quantize`] with some weights held at zero. They get the code of zero, their errors are fed forward
+    /// like any other, and groups are fitted to the others.
     ///
     /// # Errors
     /// [`QuantError::NonFiniteWeight`], [`QuantError::Bits`].
     ///
     /// # Panics
-    /// If `weight` or `zeros` is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
+    /// If a matrix is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
     pub fn quantize_survivors(
         &self,
         weight: &[f32],
         rows: usize,
         grid: &Grid,
-        zeros: Option<&[bool]>,
+        survivors: Option<&Survivors<'_>>,
     ) -> Result<Gptq, QuantError> {
         let cols = self.n();
         assert!(
@@ -156,9 +168,11 @@ impl Factor {
         );
         check_weight(weight, rows, cols)?;
         grid.check(cols)?;
+        let zeros = survivors.map(|survivors| survivors.zeros);
+        let start = survivors.map_or(weight, |survivors| survivors.start);
         assert!(
-            zeros.is_none_or(|zeros| zeros.len() == weight.len()),
-            "zeros is not [rows, n]"
+            zeros.is_none_or(|zeros| zeros.len() == weight.len()) && start.len() == weight.len(),
+            "zeros and start are not [rows, n]"
         );
         let mut report = GptqReport {
             damp_fraction: self.damp_fraction,
@@ -184,12 +198,17 @@ impl Factor {
         let height = if rows < 2048 { 32 } else { 64 };
         let importance: Vec<f32> = self.root.iter().map(|root| root * root).collect();
         let mut out = Parts::new(rows, cols, grid);
-        let tallies: Vec<Tally> = (out.par_panels(height), weight.par_chunks(height * cols))
+        let panels = (
+            out.par_panels(height),
+            weight.par_chunks(height * cols),
+            start.par_chunks(height * cols),
+        );
+        let tallies: Vec<Tally> = panels
             .into_par_iter()
             .enumerate()
-            .map(|(panel, (mut out, weight))| {
+            .map(|(panel, (mut out, weight, start))| {
                 let zeros = zeros.map(|zeros| &zeros[panel * height * cols..][..weight.len()]);
-                let mut tally = Sweep::new(self, grid, &importance, weight, zeros, &mut out).run();
+                let mut tally = Sweep::new(self, grid, &importance, start, zeros, &mut out).run();
                 if let Some(curvature) = &self.curvature {
                     let sweeps = self.refine_sweeps;
                     let gain = refine(curvature, grid, weight, zeros, &mut out, sweeps);
@@ -204,10 +223,14 @@ impl Factor {
         tallies.iter().for_each(|tally| total.add(tally));
         report.clipped = total.clipped;
         report.relative_error = total.relative_error(self.damp);
-        Ok(Gptq {
-            quantized: out.finish(),
-            report,
-        })
+        let quantized = out.finish();
+        if let Some(survivors) = survivors {
+            // The sums of a sweep that starts elsewhere are not those of `weight`.
+            report.relative_error = survivors
+                .metric
+                .relative_error(weight, &quantized.dequantize());
+        }
+        Ok(Gptq { quantized, report })
     }
 }
 

@@ -246,8 +246,19 @@ impl Metric {
         self.measure_rows(delta, 0, self.n).iter().sum()
     }
 
+    /// `‖(W−V)·X‖² / ‖W·X‖²` of matrices `[rows, n]`; 0 where `W·X` is.
+    pub fn relative_error(&self, weight: &[f32], other: &[f32]) -> f64 {
+        let delta: Vec<f32> = weight.iter().zip(other).map(|(w, v)| w - v).collect();
+        let signal = self.measure_panels(weight);
+        if signal > 0.0 {
+            self.measure_panels(&delta) / signal
+        } else {
+            0.0
+        }
+    }
+
     /// [`Self::measure`] with the rows in fixed panels, in parallel.
-    pub fn measure_panels(&self, delta: &[f32]) -> f64 {
+    pub(crate) fn measure_panels(&self, delta: &[f32]) -> f64 {
         let panels: Vec<f64> = delta
             .par_chunks(PANEL_ROWS * self.n)
             .map(|rows| self.measure(rows))

@@ -25,10 +25,10 @@ pub use awq::{
     scale_candidates, scale_columns, search_clip,
 };
 pub use error::QuantError;
-pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, gptq};
+pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, Survivors, gptq};
 pub use grid::{Granularity, Grid, GroupParams, Rounder, ScaleSearch};
 pub use hessian::{Hessian, Metric, Moments};
-pub use pass::{Found, QuantPass, WEIGHTS_ALONE, Zeros};
+pub use pass::{Found, Held, QuantPass, WEIGHTS_ALONE, Zeros};
 pub use patterns::Patterns;
 pub use recipe::{Fate, GroupSize, Method, Override, QuantRecipe};
 pub use rtn::rtn;

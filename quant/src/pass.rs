@@ -1,7 +1,7 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
 use crate::recipe::{Fate, Method, QuantRecipe};
-use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, awq, rtn};
+use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, Survivors, awq, rtn};
 use qbin_format::{QuantizedMatrix, TensorReport};
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
@@ -19,10 +19,17 @@ const MAX_SHRINK: f64 = 0.5;
 /// The note of a report whose error is not that of outputs.
 pub const WEIGHTS_ALONE: &str = "relative error of the weights alone, without inputs";
 
+/// Zeros of a linear, and the weights GPTQ starts from; see [`Survivors`].
+pub struct Held {
+    /// `[rows, cols]`, true for zero.
+    pub zeros: Vec<bool>,
+    /// `[rows, cols]`.
+    pub start: Vec<f32>,
+}
+
 /// Says which weights of a linear are held at zero while GPTQ puts the others on their grid.
 pub trait Zeros {
-    /// The mask of a linear, `[rows, cols]`, true for zero; none where nothing is held. `metric` and `factor` are those
-    /// of its inputs.
+    /// The zeros of a linear; none where nothing is held. `metric` and `factor` are those of its inputs.
     ///
     /// # Errors
     /// The choice failed.
@@ -33,7 +40,7 @@ pub trait Zeros {
         weight: &[f32],
         metric: &Metric,
         factor: &Factor,
-    ) -> Result<Option<Vec<bool>>, PassError>;
+    ) -> Result<Option<Held>, PassError>;
 }
 
 /// Holds what is zero already.
@@ -47,8 +54,11 @@ impl Zeros for Found {
         weight: &[f32],
         _metric: &Metric,
         _factor: &Factor,
-    ) -> Result<Option<Vec<bool>>, PassError> {
-        Ok(Some(weight.iter().map(|&w| w == 0.0).collect()))
+    ) -> Result<Option<Held>, PassError> {
+        Ok(Some(Held {
+            zeros: weight.iter().map(|&w| w == 0.0).collect(),
+            start: weight.to_vec(),
+        }))
     }
 }
 
@@ -176,14 +186,19 @@ impl<'a> QuantPass<'a> {
                 let rows = linear.rows;
                 let name = linear.name.clone();
                 let weight = linear.own()?;
-                let zeros = match (self.zeros, &metric) {
-                    (Some(zeros), Some(metric)) => {
-                        zeros.choose(site.block, kind, weight, metric, &factor)?
-                    }
+                let held = match (self.zeros, &metric) {
+                    (Some(zeros), Some(metric)) => zeros
+                        .choose(site.block, kind, weight, metric, &factor)?
+                        .map(|held| (held, metric)),
                     _ => None,
                 };
+                let survivors = held.as_ref().map(|(held, metric)| Survivors {
+                    zeros: &held.zeros,
+                    start: &held.start,
+                    metric,
+                });
                 let done = factor
-                    .quantize_survivors(weight, rows, &grid, zeros.as_deref())
+                    .quantize_survivors(weight, rows, &grid, survivors.as_ref())
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
                 put(out, name, gptq_tensor(done, self.recipe.damp));
@@ -460,19 +475,16 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the moments, or the same of the weights alone where there are none.
 fn relative_error(weight: &[f32], quantized: &QuantizedMatrix, metric: Option<&Metric>) -> f64 {
-    let delta: Vec<f32> = quantized
-        .dequantize()
-        .iter()
-        .zip(weight)
-        .map(|(q, w)| q - w)
-        .collect();
-    let square = |values: &[f32]| match metric {
-        Some(metric) => metric.measure_panels(values),
-        None => values.iter().map(|&v| f64::from(v) * f64::from(v)).sum(),
+    let quantized = quantized.dequantize();
+    if let Some(metric) = metric {
+        return metric.relative_error(weight, &quantized);
+    }
+    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+        values.map(|v| f64::from(v) * f64::from(v)).sum()
     };
-    let signal = square(weight);
+    let signal = square(&mut weight.iter().copied());
     if signal > 0.0 {
-        square(&delta) / signal
+        square(&mut quantized.iter().zip(weight).map(|(q, w)| q - w)) / signal
     } else {
         0.0
     }
