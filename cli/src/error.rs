@@ -51,7 +51,9 @@ pub(crate) enum CliError {
     JointWithout { method: &'static str },
     #[error("`{}` exists already, expected a new folder", path.display())]
     FolderExists { path: PathBuf },
-    #[error("`{given}` is not `GLOB=SPARSITY`")]
+    #[error(
+        "`--layer {given}` is not of the form `GLOB=SPARSITY`, such as `*.down_proj.weight=0.3`"
+    )]
     LayerSyntax { given: String },
     #[error("`{option}` belongs to method `{of}`, not to `{method}`")]
     OptionOfOtherMethod {

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use qbin_format::TensorReport;
+use qbin_format::{Dtype, TensorReport, TensorView, Weight, float_bytes};
 use qbin_quant::{
     Factor, Fate, GptqParams, Granularity, Grid, Held, Metric, Moments, QuantError, QuantPass,
     ScaleSearch, Zeros,
 };
 use qbin_runtime::spec::{LinearKind, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
-use qbin_runtime::{Block, ModelConfig};
+use qbin_runtime::{Block, Matrix, ModelConfig};
 
 use crate::recipe::{PruneMethod, PruneRecipe};
 use crate::{PruneError, Pruned, Sparsity, magnitude, mask, refit, sparsegpt, swap, wanda};
@@ -22,6 +22,7 @@ pub struct PrunePass<'a> {
     recipe: &'a PruneRecipe,
     config: &'a ModelConfig,
     sparsities: BTreeMap<(usize, LinearKind), Sparsity>,
+    as_stored: bool,
     moments: BTreeMap<Site, Moments>,
 }
 
@@ -45,8 +46,19 @@ impl<'a> PrunePass<'a> {
             sparsities: sparsities
                 .filter_map(|(key, sparsity)| Some((key, sparsity?)))
                 .collect(),
+            as_stored: false,
             moments: BTreeMap::new(),
         })
+    }
+
+    /// The same pass, with every weight rounded to the type it has in the checkpoint: what follows, and the report,
+    /// see what will be stored.
+    #[must_use]
+    pub fn as_stored(self) -> Self {
+        Self {
+            as_stored: true,
+            ..self
+        }
     }
 
     /// How many zeros a linear gets; none where it is left alone.
@@ -226,8 +238,14 @@ impl BlockPass for PrunePass<'_> {
             for (kind, sparsity) in now {
                 let linear = block.linear_mut(kind);
                 let (cols, name) = (linear.cols, linear.name.clone());
+                let dtype = match &linear.weight {
+                    Matrix::Stored(Weight::Dense(view)) if self.as_stored => view.dtype,
+                    _ => Dtype::F32,
+                };
                 let weight = linear.own()?;
-                let pruned = self.prune(weight, cols, sparsity, metric.as_ref(), factor.as_ref());
+                let mut pruned =
+                    self.prune(weight, cols, sparsity, metric.as_ref(), factor.as_ref());
+                pruned.weight = rounded(pruned.weight, dtype);
                 let report =
                     self.report(sparsity, weight, &pruned, metric.as_ref(), factor.as_ref());
                 weight.copy_from_slice(&pruned.weight);
@@ -261,6 +279,20 @@ impl Zeros for PrunePass<'_> {
             zeros: pruned.zeros,
         }))
     }
+}
+
+/// The values as a tensor of this type holds them.
+fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
+    if dtype == Dtype::F32 {
+        return values;
+    }
+    let view = TensorView {
+        name: "",
+        dtype,
+        shape: &[values.len()],
+        bytes: &float_bytes(&values, dtype),
+    };
+    view.to_f32()
 }
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the metric, or the same of the weights alone where there is none.

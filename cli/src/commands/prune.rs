@@ -55,7 +55,7 @@ pub(crate) fn run(args: &PruneArgs, show: Show) -> Result<ExitCode, CliError> {
     };
     let parts = Parts::new(&model)?;
     loaded::tokenizer(&model, &parts.config)?;
-    let pass = PrunePass::new(&recipe, &parts.config)?;
+    let pass = PrunePass::new(&recipe, &parts.config)?.as_stored();
     let folder = Folder::create(&args.output)?;
     read_source(checkpoint, show)?;
     let windows = match recipe.method.needs_calibration() {
