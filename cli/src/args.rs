@@ -94,6 +94,9 @@ pub(crate) struct PruneArgs {
     /// May be given several times; the last one that matches counts.
     #[arg(long, value_name = "GLOB=SPARSITY")]
     pub(crate) layer: Vec<String>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long)]
+    pub(crate) allocate: bool,
     /// Order in which SparseGPT visits columns [default: none].
     #[arg(long, value_enum)]
     pub(crate) act_order: Option<ActOrderArg>,
@@ -134,7 +137,7 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RecipeArgs {
     /// Recipe file (TOML); the other recipe options are then not allowed.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "sparsity", "keep", "head"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "sparsity", "allocate", "keep", "head"])]
     pub(crate) recipe: Option<PathBuf>,
     /// Method [default: gptq].
     #[arg(long, value_enum)]
@@ -167,6 +170,9 @@ pub(crate) struct RecipeArgs {
     /// same sweep, the other methods round what is left.
     #[arg(long, value_name = "SHARE|N:M")]
     pub(crate) sparsity: Option<Sparsity>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long, requires = "sparsity")]
+    pub(crate) allocate: bool,
     /// Leave the tensors that match this glob as they are stored; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) keep: Vec<String>,

@@ -71,6 +71,7 @@ impl Recipe {
         // With GPTQ one sweep does both; the others round what is left.
         let prune = args.sparsity.map(|sparsity| PruneRecipe {
             joint: method == Method::Gptq,
+            allocate: args.allocate,
             ..PruneRecipe::new(PruneMethod::SparseGpt, sparsity)
         });
         Ok(Self {
@@ -82,9 +83,8 @@ impl Recipe {
 
     /// Whether any of the passes reads calibration tokens.
     pub(crate) fn needs_calibration(&self) -> bool {
-        let prune = self.prune.as_ref().map(|prune| prune.method);
         self.quantize.method.needs_calibration()
-            || prune.is_some_and(PruneMethod::needs_calibration)
+            || (self.prune.as_ref()).is_some_and(PruneRecipe::needs_calibration)
     }
 
     fn from_toml(text: &str) -> Result<Self, CliError> {

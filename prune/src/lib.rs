@@ -4,9 +4,11 @@
 //! factorization and the error feedback are `qbin_quant`'s.
 #![forbid(unsafe_code)]
 
+mod allocation;
 mod error;
 mod magnitude;
 mod mask;
+mod measure;
 mod pass;
 mod recipe;
 mod refit;
@@ -15,8 +17,10 @@ mod sparsity;
 mod swap;
 mod wanda;
 
+pub use allocation::{Curve, allocate};
 pub use error::PruneError;
 pub use magnitude::magnitude;
+pub use measure::MeasurePass;
 pub use pass::PrunePass;
 pub use recipe::{PruneMethod, PruneRecipe, SparsityOverride};
 pub use refit::refit;

@@ -12,7 +12,9 @@ use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
 use qbin_runtime::{Block, Matrix, ModelConfig};
 
 use crate::recipe::{PruneMethod, PruneRecipe};
-use crate::{PruneError, Pruned, Sparsity, magnitude, mask, refit, sparsegpt, swap, wanda};
+use crate::{
+    Curve, PruneError, Pruned, Sparsity, allocate, magnitude, mask, refit, sparsegpt, swap, wanda,
+};
 
 /// Steps of least squares after each round of exchanges.
 const REFIT_STEPS: usize = 8;
@@ -61,6 +63,24 @@ impl<'a> PrunePass<'a> {
         }
     }
 
+    /// Deals a share out again: to every linear that has exactly the recipe's sparsity, by what `measured` says of it.
+    ///
+    /// # Panics
+    /// If one of them was not measured.
+    pub fn allocate(&mut self, measured: &BTreeMap<(usize, LinearKind), Curve>) {
+        let Sparsity::Share(share) = self.recipe.sparsity else {
+            return;
+        };
+        let free: Vec<(usize, LinearKind)> = (self.sparsities.iter())
+            .filter(|(_, sparsity)| **sparsity == self.recipe.sparsity)
+            .map(|(&key, _)| key)
+            .collect();
+        let curves: Vec<Curve> = free.iter().map(|key| measured[key].clone()).collect();
+        for (key, share) in free.into_iter().zip(allocate(&curves, share)) {
+            self.sparsities.insert(key, Sparsity::Share(share));
+        }
+    }
+
     /// How many zeros a linear gets; none where it is left alone.
     pub fn sparsity(&self, block: usize, kind: LinearKind) -> Option<Sparsity> {
         self.sparsities.get(&(block, kind)).copied()
@@ -95,7 +115,7 @@ impl<'a> PrunePass<'a> {
     }
 
     /// Chooses the zeros of one linear and, where the method says so, changes its other weights.
-    fn prune(
+    pub(crate) fn prune(
         &self,
         weight: &[f32],
         cols: usize,
@@ -138,25 +158,6 @@ impl<'a> PrunePass<'a> {
         let mut weight = weight.to_vec();
         mask::apply(&mut weight, &zeros);
         Pruned { weight, zeros }
-    }
-
-    /// A factor whose blocks leave the pattern's runs whole. Nothing is put on a grid: of it only the granularity
-    /// counts, which is what the order of columns keeps together.
-    fn factor(&self, moments: Moments, sparsity: Sparsity) -> Result<Factor, QuantError> {
-        let together = sparsity.run().unwrap_or(1).min(moments.n());
-        let grid = Grid {
-            bits: 8,
-            symmetric: true,
-            granularity: Granularity::Group(together),
-            search: ScaleSearch::None,
-        };
-        let params = GptqParams {
-            damp_fraction: self.recipe.damp,
-            act_order: self.recipe.act_order,
-            refine_sweeps: 0,
-            ..GptqParams::new(grid)
-        };
-        Factor::new(moments, &params)
     }
 
     fn report(
@@ -233,7 +234,7 @@ impl BlockPass for PrunePass<'_> {
             };
             let factor = input
                 .filter(|_| self.recipe.method == PruneMethod::SparseGpt)
-                .map(|moments| self.factor(moments, first))
+                .map(|moments| factor(self.recipe, moments, first))
                 .transpose()?;
             for (kind, sparsity) in now {
                 let linear = block.linear_mut(kind);
@@ -279,6 +280,29 @@ impl Zeros for PrunePass<'_> {
             zeros: pruned.zeros,
         }))
     }
+}
+
+/// A factor whose blocks leave the pattern's runs whole. Nothing is put on a grid: of it only the granularity
+/// counts, which is what the order of columns keeps together.
+pub(crate) fn factor(
+    recipe: &PruneRecipe,
+    moments: Moments,
+    sparsity: Sparsity,
+) -> Result<Factor, QuantError> {
+    let together = sparsity.run().unwrap_or(1).min(moments.n());
+    let grid = Grid {
+        bits: 8,
+        symmetric: true,
+        granularity: Granularity::Group(together),
+        search: ScaleSearch::None,
+    };
+    let params = GptqParams {
+        damp_fraction: recipe.damp,
+        act_order: recipe.act_order,
+        refine_sweeps: 0,
+        ..GptqParams::new(grid)
+    };
+    Factor::new(moments, &params)
 }
 
 /// The values as a tensor of this type holds them.

@@ -51,6 +51,10 @@ pub struct PruneRecipe {
     pub method: PruneMethod,
     /// How many zeros.
     pub sparsity: Sparsity,
+    /// Whether a share is that of all targets together, dealt out by what zeros cost in each; see [`crate::allocate`].
+    /// Takes a walk over the model of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allocate: bool,
     /// Whether the zeros are chosen while the next pass, `gptq`, puts the other weights on their grid: one sweep makes
     /// up for both.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -94,6 +98,7 @@ impl PruneRecipe {
         Self {
             method,
             sparsity,
+            allocate: false,
             joint: false,
             act_order: default_order(),
             damp: default_damp(),
@@ -101,6 +106,11 @@ impl PruneRecipe {
             targets: default_targets(),
             overrides: Vec::new(),
         }
+    }
+
+    /// Whether it needs calibration tokens.
+    pub fn needs_calibration(&self) -> bool {
+        self.allocate || self.method.needs_calibration()
     }
 
     /// Resolves the recipe for linears given by name: the sparsity of each, none where it is left alone.

@@ -10,11 +10,12 @@ use qbin_calib_data::Windows;
 use qbin_format::{
     CalibrationInfo, Model, SIDE_FILES, SafetensorsWriter, TensorReport, Weight, float_bytes,
 };
-use qbin_prune::{PruneMethod, PrunePass, PruneRecipe, SparsityOverride};
+use qbin_prune::{Curve, MeasurePass, PruneMethod, PrunePass, PruneRecipe, SparsityOverride};
 use qbin_runtime::Parts;
-use qbin_runtime::spec::{self, Role, TensorSpec};
+use qbin_runtime::spec::{self, LinearKind, Role, TensorSpec};
 use qbin_runtime::walk::{self, NewTensor, PassError, Rewritten};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -55,10 +56,11 @@ pub(crate) fn run(args: &PruneArgs, show: Show) -> Result<ExitCode, CliError> {
     };
     let parts = Parts::new(&model)?;
     loaded::tokenizer(&model, &parts.config)?;
-    let pass = PrunePass::new(&recipe, &parts.config)?.as_stored();
+    // What cannot be done is refused before any work.
+    PrunePass::new(&recipe, &parts.config)?;
     let folder = Folder::create(&args.output)?;
     read_source(checkpoint, show)?;
-    let windows = match recipe.method.needs_calibration() {
+    let windows = match recipe.needs_calibration() {
         true => Some(calibration::windows(
             &args.calibration,
             &args.input,
@@ -67,6 +69,7 @@ pub(crate) fn run(args: &PruneArgs, show: Show) -> Result<ExitCode, CliError> {
         )?),
         false => None,
     };
+    let pass = pass(&recipe, &parts, windows.as_ref(), show)?.as_stored();
     let mut output = Output::create(&model, &parts, &folder.partial)?;
     output.walk(&parts, pass, windows.as_ref(), show)?;
     let tensors = output.finish()?;
@@ -119,6 +122,7 @@ fn recipe(args: &PruneArgs) -> Result<PruneRecipe, CliError> {
     if let Some(act_order) = args.act_order {
         recipe.act_order = act_order.into();
     }
+    recipe.allocate = args.allocate;
     recipe.damp = args.damp.unwrap_or(recipe.damp);
     recipe.refine = args.refine.unwrap_or(recipe.refine);
     for given in &args.layer {
@@ -133,6 +137,50 @@ fn recipe(args: &PruneArgs) -> Result<PruneRecipe, CliError> {
         });
     }
     Ok(recipe)
+}
+
+/// The pass of a recipe, its zeros dealt out where the recipe says so.
+pub(crate) fn pass<'a>(
+    recipe: &'a PruneRecipe,
+    parts: &'a Parts<'_>,
+    windows: Option<&Windows>,
+    show: Show,
+) -> Result<PrunePass<'a>, CliError> {
+    let mut pass = PrunePass::new(recipe, &parts.config)?;
+    if recipe.allocate {
+        pass.allocate(&measure(recipe, parts, windows, show)?);
+    }
+    Ok(pass)
+}
+
+/// What zeros cost in each linear of the model as it is.
+fn measure(
+    recipe: &PruneRecipe,
+    parts: &Parts<'_>,
+    windows: Option<&Windows>,
+    show: Show,
+) -> Result<BTreeMap<(usize, LinearKind), Curve>, CliError> {
+    // Refinement lowers all errors alike and takes most of the time.
+    let plain = PruneRecipe {
+        refine: 0,
+        ..recipe.clone()
+    };
+    let mut pass = MeasurePass::new(&plain, &parts.config)?;
+    let (ids, window_tokens) =
+        windows.map_or((&[][..], 1), |windows| (windows.ids(), windows.tokens()));
+    let mut progress = Progress::new("measuring", show.quiet);
+    let mut tick = |at: walk::Progress| progress.set(at.done, at.total, "");
+    let mut sink = |_: usize, _: Rewritten| Ok(());
+    walk::walk(
+        parts,
+        ids,
+        window_tokens,
+        &mut [&mut pass],
+        &mut sink,
+        &mut tick,
+    )?;
+    progress.finish();
+    Ok(pass.finish())
 }
 
 /// A folder under construction: it has another name until it is whole, and goes if it never is.

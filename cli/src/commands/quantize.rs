@@ -1,8 +1,8 @@
 //! `qbin quantize`: checkpoint in, measured artifact out.
 
 use crate::args::QuantizeArgs;
-use crate::commands::Show;
 use crate::commands::plan::{Group, groups};
+use crate::commands::{Show, prune};
 use crate::error::CliError;
 use crate::plan::{Plan, head_grid};
 use crate::progress::{Progress, peak_rss_bytes};
@@ -13,7 +13,6 @@ use qbin_format::{
     ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
     TensorReport, TensorView, Weight, check_output, float_bytes,
 };
-use qbin_prune::PrunePass;
 use qbin_quant::{Found, Grid, QuantPass, WEIGHTS_ALONE, Zeros, rtn};
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
@@ -151,7 +150,7 @@ impl Job {
         recipe: &Recipe,
         windows: Option<&Windows>,
     ) -> Result<(), CliError> {
-        let pass = |prune| PrunePass::new(prune, &parts.config);
+        let pass = |recipe| prune::pass(recipe, parts, windows, self.show);
         let (joint, before): (Vec<_>, Vec<_>) = recipe.prune.iter().partition(|prune| prune.joint);
         let joint = joint.into_iter().map(pass).next().transpose()?;
         let mut before = before.into_iter().map(pass).next().transpose()?;
