@@ -159,6 +159,50 @@ fn layers_have_their_own_sparsity() {
 }
 
 #[test]
+fn a_share_is_dealt_out_as_a_whole() {
+    let lab = lab();
+    for method in ["magnitude", "wanda", "sparsegpt"] {
+        let options =
+            format!("--method {method} --sparsity 0.5 --allocate --layer *.k_proj.weight=0.25");
+        let summary = lab.json(&format!("prune {options} {CALIB} tiny pruned"));
+        let (mut zeros, mut weights, mut shares) = (0.0, 0.0, Vec::new());
+        let tensors = summary["tensors"].as_array().expect("a list");
+        for tensor in tensors {
+            let number = |key: &str| tensor[key].as_f64().expect("a number");
+            if tensor["name"]
+                .as_str()
+                .is_some_and(|name| name.contains("k_proj"))
+            {
+                assert_eq!(
+                    4.0 * number("zeros"),
+                    number("weights"),
+                    "{method} {tensor}"
+                );
+                continue;
+            }
+            zeros += number("zeros");
+            weights += number("weights");
+            shares.push(number("zeros") / number("weights"));
+        }
+        // Each linear's count is rounded for itself; Wanda's are rounded in each row.
+        let tolerance = if method == "wanda" {
+            0.5 / 128.0
+        } else {
+            24.0 / weights
+        };
+        assert!(
+            (zeros / weights - 0.5).abs() <= tolerance,
+            "{method}: {zeros} of {weights}"
+        );
+        assert!(
+            shares.iter().any(|&share| share > 0.55) && shares.iter().any(|&share| share < 0.45),
+            "{shares:?}"
+        );
+        std::fs::remove_dir_all(lab.path("pruned")).expect("remove");
+    }
+}
+
+#[test]
 fn gptq_after_pruning_keeps_the_zeros() {
     let lab = lab();
     for (prune, joint) in [
