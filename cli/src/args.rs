@@ -1,6 +1,7 @@
 //! What can be typed: every command and option, with its help.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qbin_prune::{PruneMethod, Sparsity};
 use qbin_quant::{ActOrder, GroupSize, Method, ScaleSearch};
 use qbin_runtime::Path;
 use qbin_runtime::kernels::Level;
@@ -44,6 +45,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Compress a checkpoint into a .qbin artifact.
     Quantize(QuantizeArgs),
+    /// Set weights of a checkpoint to zero and write it as a checkpoint again.
+    Prune(PruneArgs),
     /// Show what `quantize` would do to every tensor, from the headers alone.
     Plan(PlanArgs),
     /// Show what is in a checkpoint or an artifact.
@@ -92,6 +95,39 @@ pub(crate) struct QuantizeArgs {
     pub(crate) output: PathBuf,
 }
 
+/// `qbin prune`.
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// How the zeros are chosen.
+    #[arg(long, value_enum, default_value = "sparsegpt")]
+    pub(crate) method: PruneMethodArg,
+    /// A share of zeros such as `0.5`, or `N:M` such as `2:4`: N zeros in every M columns.
+    #[arg(long, value_name = "SHARE|N:M")]
+    pub(crate) sparsity: Sparsity,
+    /// Another sparsity for the tensors that match a glob, for example `*.down_proj.weight=0.3`; 0 leaves them alone.
+    /// May be given several times; the last one that matches counts.
+    #[arg(long, value_name = "GLOB=SPARSITY")]
+    pub(crate) layer: Vec<String>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long)]
+    pub(crate) allocate: bool,
+    /// Order in which SparseGPT visits columns [default: none].
+    #[arg(long, value_enum)]
+    pub(crate) act_order: Option<ActOrderArg>,
+    /// SparseGPT's damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01].
+    #[arg(long, value_name = "FRACTION")]
+    pub(crate) damp: Option<f64>,
+    /// SparseGPT's rounds of refinement after the sweep; 0 is the plain method [default: 3].
+    #[arg(long, value_name = "ROUNDS")]
+    pub(crate) refine: Option<usize>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    #[arg(help = INPUT_HELP)]
+    pub(crate) input: PathBuf,
+    /// The folder to write; it must not exist.
+    pub(crate) output: PathBuf,
+}
+
 /// `qbin plan`.
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
@@ -115,7 +151,7 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RecipeArgs {
     /// Recipe file (TOML); the other recipe options are then not allowed.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "keep", "head"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "sparsity", "allocate", "keep", "head"])]
     pub(crate) recipe: Option<PathBuf>,
     /// Method [default: gptq].
     #[arg(long, value_enum)]
@@ -144,6 +180,13 @@ pub(crate) struct RecipeArgs {
     /// How scales are chosen [default: the method's own way].
     #[arg(long, value_enum)]
     pub(crate) scale_search: Option<ScaleSearchArg>,
+    /// Zeros, chosen by SparseGPT: a share such as `0.5`, or `N:M` such as `2:4`; `gptq` makes up for them in the
+    /// same sweep, the other methods round what is left.
+    #[arg(long, value_name = "SHARE|N:M")]
+    pub(crate) sparsity: Option<Sparsity>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long, requires = "sparsity")]
+    pub(crate) allocate: bool,
     /// Leave the tensors that match this glob as they are stored; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) keep: Vec<String>,
@@ -365,7 +408,20 @@ twin! {
 }
 
 twin! {
-    /// Column orders of GPTQ.
+    /// Pruning methods.
+    PruneMethodArg for PruneMethod {
+        /// The smallest weights; needs no calibration.
+        Magnitude,
+        /// The smallest products of weight and input norm, row by row.
+        Wanda,
+        /// The weights that cost least once the others have made up for them.
+        #[value(name = "sparsegpt")]
+        SparseGpt,
+    }
+}
+
+twin! {
+    /// Column orders of GPTQ and SparseGPT.
     ActOrderArg for ActOrder {
         /// By falling Hessian diagonal inside each group, then groups by it; free at run time.
         Group,

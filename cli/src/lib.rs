@@ -71,6 +71,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Bench(args) => commands::bench::run(&args, &machines, show),
         Command::Quantize(args) => commands::quantize::run(&args, machine()?, show),
+        Command::Prune(args) => commands::prune::run(&args, machine()?, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),
