@@ -7,6 +7,7 @@ mod args;
 mod calibration;
 mod commands;
 mod error;
+mod host;
 mod loaded;
 mod machine;
 mod plan;
@@ -42,44 +43,45 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
-    let machine = match Machine::new(cli.isa, cli.threads) {
-        Ok(machine) => machine,
-        Err(error) => return fail(&error),
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            render::error(&error, error.hint());
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode, CliError> {
+    let show = commands::Show {
+        json: cli.json,
+        quiet: cli.quiet,
     };
-    if let Some(threads) = cli.threads {
+    let machines = Machine::all(&cli.isa, &cli.threads)?;
+    if let [threads] = *cli.threads {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.into())
             .build_global();
         pool.expect("the pool is built once, before its first use");
     }
-    match run(cli, machine) {
-        Ok(code) => code,
-        Err(error) => fail(&error),
-    }
-}
-
-fn fail(error: &CliError) -> ExitCode {
-    render::error(error, error.hint());
-    ExitCode::from(2)
-}
-
-fn run(cli: Cli, machine: Machine) -> Result<ExitCode, CliError> {
-    let show = commands::Show {
-        json: cli.json,
-        quiet: cli.quiet,
+    let machine = || match *machines {
+        [machine] => Ok(machine),
+        _ => Err(CliError::SeveralMachines),
     };
     match cli.command {
-        Command::Quantize(args) => commands::quantize::run(&args, machine, show),
+        Command::Bench(args) => commands::bench::run(&args, &machines, show),
+        Command::Quantize(args) => commands::quantize::run(&args, machine()?, show),
+        Command::Prune(args) => commands::prune::run(&args, machine()?, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),
         Command::Eval(EvalCommand::Perplexity { model, text }) => {
-            commands::eval::perplexity(&model, &text, machine, show)
+            commands::eval::perplexity(&model, &text, machine()?, show)
         }
         Command::Eval(EvalCommand::Compare { base, model, text }) => {
-            commands::eval::compare(&base, &model, &text, machine, show)
+            commands::eval::compare(&base, &model, &text, machine()?, show)
         }
-        Command::Run(args) => commands::run::run(&args, machine, show),
+        Command::Run(args) => commands::run::run(&args, machine()?, show),
         Command::Completions { shell } => commands::shell::completions(shell),
         Command::Man { dir } => commands::shell::man(&dir),
         Command::Synth(args) => commands::synth::run(&args, show),

@@ -4,8 +4,8 @@ use crate::args::HeadArg;
 use crate::error::CliError;
 use crate::recipe::Recipe;
 use qbin_format::{
-    Dtype, Fate, Layout, Manifest, Model, Planned, SIDE_FILES, TensorEntry, TensorReport, Weight,
-    artifact_layout,
+    Dtype, Fate, Layout, LayoutEntry, Manifest, Model, Planned, SIDE_FILES, TensorEntry,
+    TensorReport, Weight, artifact_layout,
 };
 use qbin_prune::PrunePass;
 use qbin_quant::{Granularity, Grid, QuantPass, ScaleSearch};
@@ -22,7 +22,7 @@ pub(crate) struct PlanEntry {
     pub(crate) planned: Option<Planned>,
     /// Its bytes in the checkpoint.
     pub(crate) source_bytes: u64,
-    /// Its bytes in the artifact.
+    /// Its bytes in the artifact, at most before the work and exactly after it.
     pub(crate) bytes: u64,
 }
 
@@ -75,6 +75,10 @@ impl Plan {
             .as_ref()
             .map(|prune| PrunePass::new(prune, config))
             .transpose()?;
+        if let (Some(prune), Some(true)) = (&prune, recipe.prune.as_ref().map(|prune| prune.joint))
+        {
+            prune.check_groups(&pass)?;
+        }
         let head = head_grid(recipe.head, config);
         let mut entries = Vec::new();
         for spec in spec::account(config, model)? {
@@ -90,7 +94,7 @@ impl Plan {
                     qbin_quant::Fate::Keep(reason)
                         if prune
                             .as_ref()
-                            .is_some_and(|prune| prune.touches(block, kind)) =>
+                            .is_some_and(|prune| prune.rewrites(block, kind)) =>
                     {
                         dense(
                             &spec,
@@ -146,20 +150,26 @@ impl Plan {
             .collect();
         let manifest = draft(model, recipe, seed, &entries);
         let layout = artifact_layout(&planned, manifest.planned_bytes())?;
-        let mut laid_out = layout.entries.iter();
-        for entry in entries.iter_mut().filter(|entry| entry.planned.is_some()) {
-            entry.bytes = laid_out
-                .next()
-                .expect("one for each planned tensor, in order")
-                .bytes;
-        }
-        Ok(Self {
+        let sizes = layout.entries.clone();
+        let mut plan = Self {
             entries,
             files,
             planned,
             layout,
             manifest,
-        })
+        };
+        plan.set_sizes(&sizes);
+        Ok(plan)
+    }
+
+    /// Says what each planned tensor takes: before the work with every code, and after it as it was stored, because
+    /// sparse tensors take less.
+    pub(crate) fn set_sizes(&mut self, sizes: &[LayoutEntry]) {
+        let stored = self.entries.iter_mut().filter(|e| e.planned.is_some());
+        for (entry, size) in stored.zip(sizes) {
+            assert_eq!(entry.spec.name, size.name, "sizes come in the plan's order");
+            entry.bytes = size.bytes;
+        }
     }
 }
 

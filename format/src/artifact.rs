@@ -9,13 +9,13 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::map_file;
 use crate::header::{Header, HeaderTensor};
 use crate::layout::{
-    DATA_ALIGN, MANIFEST_DIGEST_KEY, MANIFEST_KEY, TENSOR_ALIGN, file_part, pad_part,
+    DATA_ALIGN, MANIFEST_DIGEST_KEY, MANIFEST_KEY, StoredCodes, TENSOR_ALIGN, file_part, pad_part,
 };
-use crate::manifest::encoding_name;
 use crate::mmap::Mapping;
+use crate::sparse::check_offsets;
 use crate::{
-    Dtype, Fate, FormatError, Manifest, Planned, QuantizedView, Scheme, TensorEntry, TensorView,
-    sha256_hex,
+    Dtype, Encoding, Fate, FormatError, Manifest, Planned, QuantizedView, Scheme, Sparsity,
+    TensorEntry, TensorView, sha256_hex,
 };
 
 /// A mapped `.qbin` file whose header, manifest, sizes and offsets are checked.
@@ -43,7 +43,8 @@ pub(crate) enum Stored {
     },
     Quantized {
         scheme: Scheme,
-        /// Codes, scales, and zero points where the scheme is asymmetric.
+        encoding: Encoding,
+        /// Codes; masks of a sparse encoding; offsets of a bitmask; scales; zero points of an asymmetric scheme.
         parts: Vec<Range<usize>>,
     },
 }
@@ -76,7 +77,7 @@ impl Artifact {
     ) -> Result<Self, FormatError> {
         let manifest = read_manifest(path, &header)?;
         check_alignment(path, &header)?;
-        let mut parts = Parts::new(path, header.tensors);
+        let mut parts = Parts::new(path, &manifest.required_features, header.tensors);
         let mut tensors = BTreeMap::new();
         for (name, entry) in &manifest.tensors {
             if let Some(stored) = parts.take_tensor(name, entry)? {
@@ -90,15 +91,37 @@ impl Artifact {
             files.insert(name.clone(), range);
         }
         check_aliases(path, &manifest)?;
-        Ok(Self {
+        let pads = parts.pads()?;
+        let artifact = Self {
             path: path.to_owned(),
             config: manifest.config.to_string().into_bytes(),
-            pads: parts.pads()?,
+            pads,
             mapping,
             manifest,
             tensors,
             files,
-        })
+        };
+        artifact.check_offsets()?;
+        Ok(artifact)
+    }
+
+    /// Panels of bitmasks must lie inside their codes: kernels find them by these offsets.
+    fn check_offsets(&self) -> Result<(), FormatError> {
+        for name in self.tensors.keys() {
+            let Some(view) = self.quantized(name) else {
+                continue;
+            };
+            if let Err(wrong) = check_offsets(&view) {
+                return Err(FormatError::Offsets {
+                    path: self.path.clone(),
+                    tensor: name.clone(),
+                    panel: wrong.panel,
+                    expected: wrong.expected,
+                    got: wrong.got,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What is in the artifact and how it was made.
@@ -122,17 +145,32 @@ impl Artifact {
 
     /// The quantized matrix of this name.
     pub fn quantized(&self, name: &str) -> Option<QuantizedView<'_>> {
-        let Some(Stored::Quantized { scheme, parts }) = self.tensors.get(name) else {
+        let Some(Stored::Quantized {
+            scheme,
+            encoding,
+            parts,
+        }) = self.tensors.get(name)
+        else {
             return None;
         };
+        let (scheme, encoding) = (*scheme, *encoding);
         let shape = &self.manifest.tensors[name].shape;
+        let mut parts = parts.iter().map(|range| self.bytes(range));
+        let mut part_if = |there: bool| match there {
+            true => parts.next().expect("opening found every part"),
+            false => &[],
+        };
+        let codes = part_if(true);
+        let masks = part_if(encoding != Encoding::Dense);
+        let offsets = part_if(encoding == Encoding::Bitmask);
         Some(QuantizedView {
-            scheme: *scheme,
+            scheme,
             rows: shape[0],
             cols: shape[1],
-            codes: self.bytes(&parts[0]),
-            scales: self.bytes(&parts[1]),
-            zero_points: parts.get(2).map_or(&[], |part| self.bytes(part)),
+            codes,
+            sparsity: Sparsity::new(encoding, masks, offsets),
+            scales: part_if(true),
+            zero_points: part_if(!scheme.symmetric),
         })
     }
 
@@ -247,16 +285,19 @@ fn check_aliases(path: &Path, manifest: &Manifest) -> Result<(), FormatError> {
 /// The stored tensors that no manifest entry has claimed yet.
 struct Parts<'a> {
     path: &'a Path,
+    /// The manifest's required features.
+    features: &'a [String],
     left: BTreeMap<String, HeaderTensor>,
 }
 
 impl<'a> Parts<'a> {
-    fn new(path: &'a Path, tensors: Vec<HeaderTensor>) -> Self {
+    fn new(path: &'a Path, features: &'a [String], tensors: Vec<HeaderTensor>) -> Self {
         let named = tensors
             .into_iter()
             .map(|tensor| (tensor.name.clone(), tensor));
         Self {
             path,
+            features,
             left: named.collect(),
         }
     }
@@ -286,42 +327,61 @@ impl<'a> Parts<'a> {
                     group_size,
                     symmetric,
                 };
-                self.check_encoding(name, encoding, bits, scale_dtype)?;
-                let parts = self.take_quantized(name, scheme, &entry.shape)?;
-                Ok(Some(Stored::Quantized { scheme, parts }))
+                let encoding = self.encoding(name, encoding, bits, scale_dtype)?;
+                let parts = self.take_quantized(name, scheme, encoding, &entry.shape)?;
+                Ok(Some(Stored::Quantized {
+                    scheme,
+                    encoding,
+                    parts,
+                }))
             }
         }
     }
 
-    fn check_encoding(
+    fn encoding(
         &self,
         name: &str,
-        encoding: &str,
+        stated: &str,
         bits: u8,
         scale_dtype: Dtype,
-    ) -> Result<(), FormatError> {
-        if encoding != encoding_name(bits) {
+    ) -> Result<Encoding, FormatError> {
+        let mut encodings = Encoding::ALL.into_iter();
+        let Some(encoding) = encodings.find(|encoding| encoding.name(bits) == stated) else {
+            let expected = Encoding::ALL.map(|encoding| format!("`{}`", encoding.name(bits)));
             return Err(FormatError::Encoding {
                 path: self.path.to_owned(),
                 tensor: name.to_owned(),
-                expected: encoding_name(bits),
-                got: encoding.to_owned(),
+                expected: expected.join(", "),
+                got: stated.to_owned(),
             });
+        };
+        if let Some(feature) = encoding.feature()
+            && !self.features.iter().any(|given| given == feature)
+        {
+            let expected = format!("stored with `{feature}` among the required features");
+            return Err(self.wrong(name, &expected, format!("{:?}", self.features)));
         }
         if scale_dtype != Dtype::F16 {
             return Err(self.wrong(name, "scaled by F16", scale_dtype.to_string()));
         }
-        Ok(())
+        Ok(encoding)
     }
 
     fn take_quantized(
         &mut self,
         name: &str,
         scheme: Scheme,
+        encoding: Encoding,
         shape: &[usize],
     ) -> Result<Vec<Range<usize>>, FormatError> {
         let &[rows, cols] = shape else {
             return Err(self.wrong(name, "a matrix of two dimensions", format!("{shape:?}")));
+        };
+        // A bitmask's codes are as long as they are; the offsets must fit them.
+        let codes = self.left.get(&format!("{name}.codes"));
+        let stored = StoredCodes {
+            encoding,
+            bytes: codes.map_or(0, |codes| codes.range.len()),
         };
         let planned = Planned::Quantized {
             name: name.to_owned(),
@@ -330,7 +390,7 @@ impl<'a> Parts<'a> {
             cols,
         };
         let parts = planned
-            .parts()
+            .parts(stored)
             .map_err(|source| FormatError::InvalidArtifact {
                 path: self.path.to_owned(),
                 source: Box::new(source),

@@ -7,13 +7,16 @@ use sha2::{Digest, Sha256};
 
 use crate::digest::{combine, hex};
 use crate::header;
-use crate::layout::{DATA_ALIGN, Layout, MANIFEST_DIGEST_KEY, MANIFEST_KEY};
+use crate::layout::{
+    DATA_ALIGN, Layout, MANIFEST_DIGEST_KEY, MANIFEST_KEY, StoredCodes, TENSOR_ALIGN, lay_out,
+};
 use crate::mmap::Mapping;
 use crate::output::Output;
-use crate::pack::{PackedMatrix, TILE_ROWS, check_matrix};
+use crate::pack::{PackedMatrix, TILE_COLS, TILE_ROWS, check_matrix, tile_bytes};
+use crate::sparse::{Census, Encoder};
 use crate::{
-    Artifact, Dtype, FORMAT_VERSION, FileEntry, FormatError, Manifest, Planned, QuantizedMatrix,
-    artifact_layout, sha256_hex,
+    Artifact, Dtype, Encoding, FORMAT_VERSION, Fate, FileEntry, FormatError, LayoutEntry, Manifest,
+    Planned, QuantizedMatrix, QuantizedView, Scheme, Sparsity, sha256_hex,
 };
 
 /// Codes packed at a time, in weights.
@@ -21,8 +24,9 @@ const PACK_CHUNK: usize = 1 << 20;
 
 /// Writes an artifact into `<path>.partial`, which [`ArtifactWriter::finish`] gives its name.
 ///
-/// Each entry has its place from the start, so that the bytes do not depend on the order of writing. A
-/// writer that is dropped removes its file.
+/// Each entry has its place from the start, so that the bytes do not depend on the order of writing. A quantized
+/// matrix is written densely; when its last row is there and a sparse encoding is smaller, it is encoded in its
+/// place, and [`ArtifactWriter::finish`] closes the gaps. A writer that is dropped removes its file.
 #[derive(Debug)]
 pub struct ArtifactWriter {
     output: Output,
@@ -32,13 +36,29 @@ pub struct ArtifactWriter {
     tensors: BTreeMap<String, usize>,
     files: BTreeMap<String, usize>,
     progress: Vec<Vec<PartProgress>>,
+    /// Of each entry, what its quantized matrix has shown so far.
+    census: Vec<Census>,
+    /// Of each entry, how its codes are stored.
+    stored: Vec<StoredCodes>,
 }
 
 /// How far one stored part is written.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct PartProgress {
+    /// Its place, from the start of the data.
+    start: u64,
     done: u64,
     hasher: Sha256,
+}
+
+impl PartProgress {
+    fn at(start: u64) -> Self {
+        Self {
+            start,
+            done: 0,
+            hasher: Sha256::new(),
+        }
+    }
 }
 
 /// What was written.
@@ -48,6 +68,8 @@ pub struct Written {
     pub bytes: u64,
     /// SHA-256 of the file, as `sha256sum` prints it.
     pub sha256: String,
+    /// What each planned entry takes, in their order.
+    pub entries: Vec<LayoutEntry>,
 }
 
 impl ArtifactWriter {
@@ -65,7 +87,8 @@ impl ArtifactWriter {
         planned: Vec<Planned>,
         manifest_bytes: usize,
     ) -> Result<Self, FormatError> {
-        let layout = artifact_layout(&planned, manifest_bytes)?;
+        let stored = vec![StoredCodes::DENSE; planned.len()];
+        let layout = lay_out(&planned, &stored, manifest_bytes)?;
         let output = Output::create(path, layout.total_bytes)?;
         let (mut tensors, mut files) = (BTreeMap::new(), BTreeMap::new());
         for (at, entry) in planned.iter().enumerate() {
@@ -75,15 +98,20 @@ impl ArtifactWriter {
             };
             map.insert(entry.name().to_owned(), at);
         }
-        let parts = layout.entries.iter().map(|entry| entry.parts.len());
-        let progress = parts.map(|n| vec![PartProgress::default(); n]).collect();
+        let entries = layout.entries.iter().map(|entry| {
+            let parts = entry.parts.iter();
+            let parts = parts.map(|&part| PartProgress::at(layout.parts[part].start));
+            parts.collect()
+        });
         Ok(Self {
+            progress: entries.collect(),
+            census: vec![Census::none(); planned.len()],
+            stored,
             output,
             layout,
             planned,
             tensors,
             files,
-            progress,
         })
     }
 
@@ -142,6 +170,11 @@ impl ArtifactWriter {
             first_row.is_multiple_of(TILE_ROWS) && end <= rows && whole,
             "tensor `{name}`: rows {first_row}..{end} of {rows}"
         );
+        assert_eq!(
+            self.stored[at].encoding,
+            Encoding::Dense,
+            "tensor `{name}` written twice"
+        );
         let row_scales = 2 * scheme.groups(cols) as u64;
         let written = self.progress[at][1].done / row_scales;
         assert_eq!(
@@ -155,10 +188,84 @@ impl ArtifactWriter {
         for start in (0..panels).step_by(step) {
             let packed = PackedMatrix::pack_panels(part, start..panels.min(start + step));
             let view = packed.view();
+            for panel in 0..view.rows.div_ceil(TILE_ROWS) {
+                self.census[at].add(Census::of_panel(&view, panel));
+            }
             let pieces = [view.codes, view.scales, view.zero_points];
             for (piece, bytes) in pieces.into_iter().enumerate().take(self.progress[at].len()) {
                 self.append(at, piece, bytes)?;
             }
+        }
+        if end == rows {
+            let encoding = self.census[at].smallest(scheme.bits);
+            if encoding != Encoding::Dense {
+                self.encode(at, scheme, cols, encoding)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes a matrix that was written densely, in the place of its dense codes: each panel's stored codes are at
+    /// most as long as its tiles, and masks and offsets find room behind them because the encoding is smaller.
+    fn encode(
+        &mut self,
+        at: usize,
+        scheme: Scheme,
+        cols: usize,
+        encoding: Encoding,
+    ) -> Result<(), FormatError> {
+        let dense = self.progress[at].clone();
+        let tiles = cols.div_ceil(TILE_COLS) * tile_bytes(scheme.bits);
+        let panels = dense[0].done as usize / tiles;
+        let zero_points = match scheme.symmetric {
+            true => 0,
+            false => scheme.groups(cols) * TILE_ROWS,
+        };
+        let (mut tiles, mut zero_points) = (vec![0; tiles], vec![0; zero_points]);
+        let mut encoder = Encoder::new(encoding);
+        self.progress[at][0] = PartProgress::at(dense[0].start);
+        for panel in 0..panels {
+            let read = |part: &PartProgress, buffer: &mut [u8]| {
+                let start = part.start + (panel * buffer.len()) as u64;
+                self.output
+                    .read_at(self.layout.header_bytes + start, buffer)
+            };
+            read(&dense[0], &mut tiles)?;
+            if let Some(part) = dense.get(2) {
+                read(part, &mut zero_points)?;
+            }
+            let view = QuantizedView {
+                scheme,
+                rows: TILE_ROWS,
+                cols,
+                codes: &tiles,
+                sparsity: Sparsity::Dense,
+                scales: &[],
+                zero_points: &zero_points,
+            };
+            let codes = encoder.panel(&view, 0);
+            let codes = codes.expect("the census saw that it can be stored so");
+            self.append(at, 0, &codes)?;
+        }
+        self.append(at, 0, &vec![0; encoder.tail(scheme.bits)])?;
+        self.stored[at] = StoredCodes {
+            encoding,
+            bytes: self.progress[at][0].done as usize,
+        };
+        let more = [encoder.masks.as_slice(), &encoder.offset_bytes()];
+        for (n, bytes) in more
+            .into_iter()
+            .filter(|bytes| !bytes.is_empty())
+            .enumerate()
+        {
+            let before = &self.progress[at][n];
+            let start = (before.start + before.done).next_multiple_of(TENSOR_ALIGN);
+            assert!(
+                start + bytes.len() as u64 <= dense[1].start,
+                "the smaller encoding finds room"
+            );
+            self.progress[at].insert(n + 1, PartProgress::at(start));
+            self.append(at, n + 1, bytes)?;
         }
         Ok(())
     }
@@ -224,14 +331,8 @@ impl ArtifactWriter {
     }
 
     fn append(&mut self, entry: usize, piece: usize, bytes: &[u8]) -> Result<(), FormatError> {
-        let part = &self.layout.parts[self.layout.entries[entry].parts[piece]];
         let progress = &mut self.progress[entry][piece];
-        assert!(
-            progress.done + bytes.len() as u64 <= part.bytes,
-            "`{}` overfull",
-            part.name
-        );
-        let at = self.layout.header_bytes + part.start + progress.done;
+        let at = self.layout.header_bytes + progress.start + progress.done;
         self.output.write_at(at, bytes)?;
         progress.hasher.update(bytes);
         progress.done += bytes.len() as u64;
@@ -251,6 +352,7 @@ impl ArtifactWriter {
     #[track_caller]
     pub fn finish(mut self, mut manifest: Manifest) -> Result<Written, FormatError> {
         manifest.format_version = FORMAT_VERSION;
+        self.close_gaps()?;
         self.fill_in(&mut manifest);
         self.write_header(&manifest.to_text())?;
         self.output.sync()?;
@@ -259,13 +361,57 @@ impl ArtifactWriter {
         Ok(written)
     }
 
+    /// Lays the file out for what the matrices take, and moves every part to its place, which is never behind
+    /// the one that it had.
+    fn close_gaps(&mut self) -> Result<(), FormatError> {
+        if self.stored.iter().all(|s| s.encoding == Encoding::Dense) {
+            return Ok(());
+        }
+        let header_bytes = self.layout.header_bytes;
+        let mut layout = lay_out(&self.planned, &self.stored, 0)?;
+        layout.total_bytes = layout.total_bytes - layout.header_bytes + header_bytes;
+        layout.header_bytes = header_bytes;
+        let mut end = 0;
+        for (entry, progress) in layout.entries.iter().zip(&mut self.progress) {
+            for (&part, progress) in entry.parts.iter().zip(progress) {
+                let part = &layout.parts[part];
+                // The zeros between two parts.
+                let zeros = [0; TENSOR_ALIGN as usize];
+                let zeros = &zeros[..(part.start - end) as usize];
+                if progress.start != part.start {
+                    let (from, to) = (header_bytes + progress.start, header_bytes + part.start);
+                    self.output.move_down(from, to, progress.done)?;
+                }
+                self.output.write_at(header_bytes + end, zeros)?;
+                progress.start = part.start;
+                end = part.start + part.bytes;
+            }
+        }
+        let zeros = vec![0; (layout.total_bytes - header_bytes - end) as usize];
+        self.output.write_at(header_bytes + end, &zeros)?;
+        self.output.set_len(layout.total_bytes)?;
+        self.layout = layout;
+        Ok(())
+    }
+
     #[track_caller]
     fn fill_in(&self, manifest: &mut Manifest) {
         for (name, &at) in &self.tensors {
             let entry = manifest.tensors.get_mut(name);
             let entry = entry.unwrap_or_else(|| panic!("`{name}` is not in the manifest"));
             entry.sha256 = self.digest(at);
+            let stored = self.stored[at].encoding;
+            if let Fate::Quantized { encoding, bits, .. } = &mut entry.fate {
+                *encoding = stored.name(*bits);
+            }
+            let features = &mut manifest.required_features;
+            if let Some(feature) = stored.feature()
+                && !features.iter().any(|given| given == feature)
+            {
+                features.push(feature.to_owned());
+            }
         }
+        manifest.required_features.sort();
         manifest.files.clear();
         for (name, &at) in &self.files {
             let entry = FileEntry {
@@ -324,6 +470,7 @@ impl ArtifactWriter {
         Ok(Written {
             bytes: artifact.file_bytes(),
             sha256: hex(&artifact.file_digest()),
+            entries: self.layout.entries.clone(),
         })
     }
 }

@@ -149,12 +149,26 @@ pub enum FormatError {
     },
     #[error("`{}` requires the feature `{feature}`, which this program does not know", path.display())]
     UnknownFeature { path: PathBuf, feature: String },
-    #[error("`{}`: tensor `{tensor}` has the encoding `{got}`, expected `{expected}` for its bits", path.display())]
+    #[error("`{}`: tensor `{tensor}` has the encoding `{got}`, expected one of {expected} for its bits", path.display())]
     Encoding {
         path: PathBuf,
         tensor: String,
         expected: String,
         got: String,
+    },
+    #[error("`{}`: the offset of panel {panel} in `{tensor}.offsets` is {got}, expected {expected}; panels follow each other inside the codes", path.display())]
+    Offsets {
+        path: PathBuf,
+        tensor: String,
+        panel: usize,
+        expected: String,
+        got: u64,
+    },
+    #[error("`{}`: the masks and codes of panel {panel} in `{tensor}` do not fit: its encoding would be another", path.display())]
+    Sparse {
+        path: PathBuf,
+        tensor: String,
+        panel: usize,
     },
     #[error("`{}`: `{part}` should be {expected}, got {got}", path.display())]
     StoredPart {
@@ -260,6 +274,8 @@ impl FormatError {
             | Self::TrailingBytes { .. }
             | Self::ManifestDigest { .. }
             | Self::Padding { .. }
+            | Self::Offsets { .. }
+            | Self::Sparse { .. }
             | Self::Digest { .. } => {
                 "the file is cut or damaged: copy or download it again, or quantize again from the checkpoint"
             }

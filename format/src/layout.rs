@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::header::{self, Part};
 use crate::pack::{PackedSize, TILE_ROWS, tile_bytes};
-use crate::{Dtype, FormatError, Scheme};
+use crate::{Dtype, Encoding, FormatError, Scheme};
 
 /// The data starts on a multiple of this.
 pub(crate) const DATA_ALIGN: u64 = 4096;
@@ -18,7 +18,7 @@ pub(crate) const MANIFEST_DIGEST_KEY: &str = "qbin.sha256";
 /// One thing that an artifact will hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Planned {
-    /// A quantized matrix.
+    /// A quantized matrix. Its plan is the dense encoding; one that turns out sparse enough takes less.
     Quantized {
         /// Name of the tensor.
         name: String,
@@ -58,7 +58,7 @@ impl Planned {
     }
 
     /// The stored tensors it becomes: name, type, shape.
-    pub(crate) fn parts(&self) -> Result<Vec<(String, Dtype, Vec<usize>)>, FormatError> {
+    pub(crate) fn parts(&self, stored: StoredCodes) -> Result<Vec<StoredPart>, FormatError> {
         match self {
             &Self::Quantized {
                 ref name,
@@ -67,21 +67,62 @@ impl Planned {
                 cols,
             } => {
                 let size = PackedSize::new(name, scheme, rows, cols)?;
-                let codes = vec![size.panels, size.tiles, tile_bytes(scheme.bits)];
-                let per_group = vec![size.panels, size.groups, TILE_ROWS];
-                let mut parts = vec![
-                    (format!("{name}.codes"), Dtype::U8, codes),
-                    (format!("{name}.scales"), Dtype::F16, per_group.clone()),
-                ];
-                if !scheme.symmetric {
-                    parts.push((format!("{name}.zero_points"), Dtype::U8, per_group));
-                }
-                Ok(parts)
+                Ok(quantized_parts(name, size, scheme, stored))
             }
             Self::Dense { name, dtype, shape } => Ok(vec![(name.clone(), *dtype, shape.clone())]),
             Self::File { name, bytes } => Ok(vec![(file_part(name), Dtype::U8, vec![*bytes])]),
         }
     }
+}
+
+/// A stored tensor: name, type, shape.
+pub(crate) type StoredPart = (String, Dtype, Vec<usize>);
+
+/// How the codes of a quantized matrix are stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredCodes {
+    pub(crate) encoding: Encoding,
+    /// Length of the codes, where sizes do not say it: for a bitmask.
+    pub(crate) bytes: usize,
+}
+
+impl StoredCodes {
+    pub(crate) const DENSE: Self = Self {
+        encoding: Encoding::Dense,
+        bytes: 0,
+    };
+}
+
+/// A quantized tensor's stored parts, in their order in the file and in its digest.
+fn quantized_parts(
+    name: &str,
+    size: PackedSize,
+    scheme: Scheme,
+    stored: StoredCodes,
+) -> Vec<StoredPart> {
+    let StoredCodes { encoding, bytes } = stored;
+    let tiles = |bytes| vec![size.panels, size.tiles, bytes];
+    let per_group = vec![size.panels, size.groups, TILE_ROWS];
+    let codes = match encoding {
+        Encoding::Dense => tiles(tile_bytes(scheme.bits)),
+        Encoding::Bitmask => vec![bytes],
+        Encoding::TwoOfFour => tiles(tile_bytes(scheme.bits) / 2),
+    };
+    let mut parts = vec![("codes", Dtype::U8, codes)];
+    if encoding != Encoding::Dense {
+        parts.push(("masks", Dtype::U8, tiles(encoding.mask_bytes())));
+    }
+    if encoding == Encoding::Bitmask {
+        parts.push(("offsets", Dtype::U64, vec![size.panels + 1]));
+    }
+    parts.push(("scales", Dtype::F16, per_group.clone()));
+    if !scheme.symmetric {
+        parts.push(("zero_points", Dtype::U8, per_group));
+    }
+    let named = parts.into_iter();
+    named
+        .map(|(part, dtype, shape)| (format!("{name}.{part}"), dtype, shape))
+        .collect()
 }
 
 /// Name of the tensor that carries a file.
@@ -118,7 +159,7 @@ pub struct LayoutEntry {
     pub(crate) parts: Vec<usize>,
 }
 
-/// Lays out an artifact without writing anything.
+/// Lays out an artifact without writing anything, with every quantized matrix dense: the most that it can need.
 ///
 /// `manifest_bytes` is an upper bound of the manifest's JSON text, see [`crate::Manifest::planned_bytes`];
 /// the header is given twice as much, because every quote in it is escaped.
@@ -126,9 +167,19 @@ pub struct LayoutEntry {
 /// # Errors
 /// If a name is reserved or used twice, or a scheme or size cannot be stored.
 pub fn artifact_layout(planned: &[Planned], manifest_bytes: usize) -> Result<Layout, FormatError> {
+    let stored = vec![StoredCodes::DENSE; planned.len()];
+    lay_out(planned, &stored, manifest_bytes)
+}
+
+/// Lays out an artifact whose quantized matrices are stored like this.
+pub(crate) fn lay_out(
+    planned: &[Planned],
+    stored: &[StoredCodes],
+    manifest_bytes: usize,
+) -> Result<Layout, FormatError> {
     let mut builder = Builder::default();
-    for entry in planned {
-        builder.add(entry)?;
+    for (entry, &stored) in planned.iter().zip(stored) {
+        builder.add(entry, stored)?;
     }
     let json = header::to_json(&Default::default(), &builder.parts);
     // 256 bytes: the length field, both metadata keys, the manifest's digest.
@@ -152,7 +203,7 @@ struct Builder {
 }
 
 impl Builder {
-    fn add(&mut self, planned: &Planned) -> Result<(), FormatError> {
+    fn add(&mut self, planned: &Planned, stored: StoredCodes) -> Result<(), FormatError> {
         let name = planned.name();
         let is_file = matches!(planned, Planned::File { .. });
         if !is_file && (name.starts_with("qbin.") || name == "__metadata__") {
@@ -165,7 +216,7 @@ impl Builder {
             bytes: 0,
             parts: Vec::new(),
         };
-        for (part, dtype, shape) in planned.parts()? {
+        for (part, dtype, shape) in planned.parts(stored)? {
             entry.parts.push(self.parts.len());
             entry.bytes += self.push(part, dtype, shape)?;
             self.pad();

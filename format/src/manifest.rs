@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::unique_map::unique_map;
-use crate::{Dtype, FormatError, Scheme};
+use crate::{Dtype, Encoding, FormatError, Scheme};
 
 /// Version of the artifact's format that this crate writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -24,7 +24,8 @@ const ALLOWANCE_IN_ALL: usize = 4096;
 pub struct Manifest {
     /// Version of the format; the writer sets it to [`FORMAT_VERSION`].
     pub format_version: u32,
-    /// Features without which the artifact cannot be read; an unknown one is refused.
+    /// Features without which the artifact cannot be read; an unknown one is refused. The writer adds those of the
+    /// encodings that it chose.
     #[serde(default)]
     pub required_features: Vec<String>,
     /// Features that a reader may ignore.
@@ -101,7 +102,7 @@ pub struct TensorEntry {
 pub enum Fate {
     /// Stored as codes, scales and zero points.
     Quantized {
-        /// Name of the byte layout, `int4.t16x64` or `int8.t16x64`.
+        /// Name of the byte layout, see [`Encoding::name`]; the writer sets it to the one that it chose.
         encoding: String,
         /// Width of the stored code.
         bits: u8,
@@ -139,7 +140,7 @@ impl Fate {
     /// The fate of a tensor quantized with this scheme.
     pub fn quantized(scheme: Scheme, method: impl Into<String>) -> Self {
         Self::Quantized {
-            encoding: encoding_name(scheme.bits),
+            encoding: Encoding::Dense.name(scheme.bits),
             bits: scheme.bits,
             group_size: scheme.group_size,
             symmetric: scheme.symmetric,
@@ -164,11 +165,6 @@ impl Fate {
             _ => None,
         }
     }
-}
-
-/// Name of the byte layout of codes of this width.
-pub(crate) fn encoding_name(bits: u8) -> String {
-    format!("int{bits}.t16x64")
 }
 
 /// What is to be known about the quality of one tensor; what is absent was not measured.
@@ -243,8 +239,8 @@ impl Manifest {
                 got: preface.format_version,
             });
         }
-        // Version 1 has no features beyond the base, so that every required one is unknown.
-        if let Some(feature) = preface.required_features.into_iter().next() {
+        let known = |name: &str| Encoding::ALL.iter().any(|e| e.feature() == Some(name));
+        if let Some(feature) = preface.required_features.into_iter().find(|f| !known(f)) {
             return Err(FormatError::UnknownFeature {
                 path: path.to_owned(),
                 feature,

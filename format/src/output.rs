@@ -81,7 +81,8 @@ impl Output {
         Ok((stat.f_bavail.saturating_mul(stat.f_frsize)).saturating_add(512 * ours))
     }
 
-    fn set_len(&self, bytes: u64) -> Result<(), FormatError> {
+    /// Cuts the file, or makes it longer.
+    pub(crate) fn set_len(&self, bytes: u64) -> Result<(), FormatError> {
         self.file.set_len(bytes).map_err(self.failed("resize"))
     }
 
@@ -101,12 +102,30 @@ impl Output {
             let chunk = CHUNK.min(end - from);
             end -= chunk;
             let buffer = &mut buffer[..chunk as usize];
-            self.file
-                .read_exact_at(buffer, end)
-                .map_err(self.failed("read"))?;
+            self.read_at(end, buffer)?;
             self.write_at(end + by, buffer)?;
         }
         Ok(())
+    }
+
+    /// Moves `len` bytes from byte `from` to byte `to`, nearer to the start.
+    pub(crate) fn move_down(&self, from: u64, to: u64, len: u64) -> Result<(), FormatError> {
+        let mut buffer = vec![0; CHUNK.min(len) as usize];
+        let mut done = 0;
+        while done < len {
+            let buffer = &mut buffer[..CHUNK.min(len - done) as usize];
+            self.read_at(from + done, buffer)?;
+            self.write_at(to + done, buffer)?;
+            done += buffer.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes written before.
+    pub(crate) fn read_at(&self, at: u64, buffer: &mut [u8]) -> Result<(), FormatError> {
+        self.file
+            .read_exact_at(buffer, at)
+            .map_err(self.failed("read"))
     }
 
     /// Brings everything to the disk, and lets the page cache forget it, so that what is read back

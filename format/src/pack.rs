@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use half::f16;
 
+use crate::quantized_view::Sparsity;
+use crate::sparse::{Census, Encoder, Encoding};
 use crate::{FormatError, QuantizedMatrix, QuantizedView, Scheme};
 
 /// Output rows of a tile.
@@ -16,7 +18,8 @@ pub const TILE_ROWS: usize = 16;
 /// Input columns of a tile.
 pub const TILE_COLS: usize = 64;
 
-const VECTOR: usize = 64;
+/// Bytes of a vector of codes.
+pub(crate) const VECTOR: usize = 64;
 
 /// Bytes of a tile of codes.
 pub(crate) fn tile_bytes(bits: u8) -> usize {
@@ -110,13 +113,16 @@ pub struct PackedMatrix {
     scheme: Scheme,
     rows: usize,
     cols: usize,
+    encoding: Encoding,
     codes: Vec<u8>,
+    masks: Vec<u8>,
+    offsets: Vec<u8>,
     scales: Vec<u8>,
     zero_points: Vec<u8>,
 }
 
 impl PackedMatrix {
-    /// Packs a whole matrix.
+    /// Packs a whole matrix densely.
     ///
     /// # Panics
     /// If the matrix contradicts itself: lengths, or a code or zero point of more than `bits` bits.
@@ -124,6 +130,49 @@ impl PackedMatrix {
     pub fn pack(matrix: &QuantizedMatrix) -> Self {
         check_matrix(matrix);
         Self::pack_panels(matrix, 0..matrix.rows.div_ceil(TILE_ROWS))
+    }
+
+    /// Packs a whole matrix in the encoding that an artifact would give it: the smallest, if it saves an eighth.
+    ///
+    /// # Panics
+    /// As [`PackedMatrix::pack`].
+    #[track_caller]
+    pub fn pack_smallest(matrix: &QuantizedMatrix) -> Self {
+        let dense = Self::pack(matrix);
+        let mut census = Census::none();
+        for panel in 0..matrix.rows.div_ceil(TILE_ROWS) {
+            census.add(Census::of_panel(&dense.view(), panel));
+        }
+        let encoding = census.smallest(matrix.scheme.bits);
+        dense
+            .encoded(encoding)
+            .expect("the census saw that it can be stored so")
+    }
+
+    /// Packs a whole matrix in this encoding; `None` if that is two of four and some four columns have more.
+    ///
+    /// # Panics
+    /// As [`PackedMatrix::pack`].
+    #[track_caller]
+    pub fn pack_as(matrix: &QuantizedMatrix, encoding: Encoding) -> Option<Self> {
+        Self::pack(matrix).encoded(encoding)
+    }
+
+    /// A dense matrix in another encoding.
+    fn encoded(mut self, encoding: Encoding) -> Option<Self> {
+        if encoding == Encoding::Dense {
+            return Some(self);
+        }
+        let mut encoder = Encoder::new(encoding);
+        let mut codes = Vec::new();
+        for panel in 0..self.rows.div_ceil(TILE_ROWS) {
+            codes.extend(encoder.panel(&self.view(), panel)?);
+        }
+        codes.resize(codes.len() + encoder.tail(self.scheme.bits), 0);
+        self.encoding = encoding;
+        self.offsets = encoder.offset_bytes();
+        (self.codes, self.masks) = (codes, encoder.masks);
+        Some(self)
     }
 
     /// Packs some panels of 16 rows of a matrix that passed [`check_matrix`].
@@ -134,7 +183,10 @@ impl PackedMatrix {
             scheme: matrix.scheme,
             rows: last - first,
             cols: matrix.cols,
+            encoding: Encoding::Dense,
             codes: Vec::new(),
+            masks: Vec::new(),
+            offsets: Vec::new(),
             scales: Vec::new(),
             zero_points: Vec::new(),
         };
@@ -174,6 +226,7 @@ impl PackedMatrix {
             rows: self.rows,
             cols: self.cols,
             codes: &self.codes,
+            sparsity: Sparsity::new(self.encoding, &self.masks, &self.offsets),
             scales: &self.scales,
             zero_points: &self.zero_points,
         }

@@ -5,7 +5,48 @@ use std::ops::Range;
 use half::f16;
 
 use crate::pack::{TILE_COLS, TILE_ROWS, tile_bytes, unpack_row};
+use crate::sparse::{Encoding, expand_panel};
 use crate::{QuantizedMatrix, Scheme};
+
+/// Which codes of a matrix are stored; the others are their groups' zero points.
+#[derive(Clone, Copy, Debug)]
+pub enum Sparsity<'a> {
+    /// All: `codes` is `[panels, tiles, 512]` with 4 bits and `[panels, tiles, 1024]` with 8.
+    Dense,
+    /// Those that the masks name; `codes` is `[bytes]`. Behind its last panel stand as many zero bytes as a dense
+    /// tile has, so that a kernel that brings its position below them before every tile reads inside it, whatever
+    /// the masks say: opening checks the offsets, but not that the masks fit them.
+    Bitmask {
+        /// u64 little endian, `[panels, tiles, 16]`: bit `4·row + column` of a quad's mask.
+        masks: &'a [u8],
+        /// u64 little endian, `[panels + 1]`: where in `codes` each panel starts and the last ends.
+        offsets: &'a [u8],
+    },
+    /// Two of each four columns: `codes` is `[panels, tiles, 256]` with 4 bits and `[panels, tiles, 512]` with 8.
+    TwoOfFour {
+        /// 48 bits little endian, `[panels, tiles, 16]`: the lower three bits of each row's four.
+        masks: &'a [u8],
+    },
+}
+
+impl<'a> Sparsity<'a> {
+    pub(crate) fn new(encoding: Encoding, masks: &'a [u8], offsets: &'a [u8]) -> Self {
+        match encoding {
+            Encoding::Dense => Self::Dense,
+            Encoding::Bitmask => Self::Bitmask { masks, offsets },
+            Encoding::TwoOfFour => Self::TwoOfFour { masks },
+        }
+    }
+
+    /// Name of the case.
+    pub fn encoding(&self) -> Encoding {
+        match self {
+            Self::Dense => Encoding::Dense,
+            Self::Bitmask { .. } => Encoding::Bitmask,
+            Self::TwoOfFour { .. } => Encoding::TwoOfFour,
+        }
+    }
+}
 
 /// A quantized matrix `W[rows, cols]` in the artifact's layout, `w = scale · (code − zero_point)`.
 ///
@@ -19,8 +60,10 @@ pub struct QuantizedView<'a> {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Tiles, `[panels, tiles, 512]` with 4 bits and `[panels, tiles, 1024]` with 8.
+    /// The stored codes; their shape stands at each case of [`Sparsity`].
     pub codes: &'a [u8],
+    /// Which codes these are.
+    pub sparsity: Sparsity<'a>,
     /// f16 little endian, `[panels, groups, 16]`.
     pub scales: &'a [u8],
     /// `[panels, groups, 16]`, or empty where the scheme is symmetric.
@@ -47,10 +90,10 @@ impl QuantizedView<'_> {
             self.cols
         );
         let width = self.scheme.group_size.unwrap_or(self.cols);
-        let mut codes = self.code_buffer();
-        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
-            self.read_codes(row, &mut codes);
-            let codes = codes.as_flattened()[..self.cols].chunks(width);
+        let mut rows_out = out.chunks_exact_mut(self.cols);
+        self.for_each_row(rows, |row, codes| {
+            let out = rows_out.next().expect("as many as rows");
+            let codes = codes[..self.cols].chunks(width);
             for (group, (codes, out)) in codes.zip(out.chunks_mut(width)).enumerate() {
                 let scale = self.scale(row, group).to_f32();
                 let zero_point = i32::from(self.zero_point(row, group));
@@ -58,7 +101,7 @@ impl QuantizedView<'_> {
                     *out = scale * (i32::from(code) - zero_point) as f32;
                 }
             }
-        }
+        });
     }
 
     /// The matrix in plain row-major form.
@@ -72,10 +115,8 @@ impl QuantizedView<'_> {
             scales: Vec::with_capacity(self.rows * groups),
             zero_points: Vec::new(),
         };
-        let mut codes = self.code_buffer();
-        for row in 0..self.rows {
-            self.read_codes(row, &mut codes);
-            matrix.codes.extend(&codes.as_flattened()[..self.cols]);
+        self.for_each_row(0..self.rows, |row, codes| {
+            matrix.codes.extend(&codes[..self.cols]);
             matrix
                 .scales
                 .extend((0..groups).map(|group| self.scale(row, group)));
@@ -83,22 +124,69 @@ impl QuantizedView<'_> {
                 let zero_points = (0..groups).map(|group| self.zero_point(row, group));
                 matrix.zero_points.extend(zero_points);
             }
-        }
+        });
         matrix
     }
 
-    /// Room for the codes of one row, padding included.
-    pub(crate) fn code_buffer(&self) -> Vec<[u8; TILE_COLS]> {
-        vec![[0; TILE_COLS]; self.cols.div_ceil(TILE_COLS)]
+    /// Calls `each` with the codes of every one of these rows, padding columns included. The rows may be padding
+    /// rows of the last panel.
+    pub(crate) fn for_each_row(&self, rows: Range<usize>, mut each: impl FnMut(usize, &[u8])) {
+        let mut codes = vec![[0; TILE_COLS]; self.cols.div_ceil(TILE_COLS)];
+        let mut scratch = Vec::new();
+        let mut start = rows.start;
+        while start < rows.end {
+            let panel = start / TILE_ROWS;
+            let end = rows.end.min((panel + 1) * TILE_ROWS);
+            let tiles = self.dense_panel(panel, &mut scratch);
+            for row in start..end {
+                let tiles = tiles.chunks_exact(tile_bytes(self.scheme.bits));
+                for (codes, tile) in codes.iter_mut().zip(tiles) {
+                    unpack_row(self.scheme.bits, tile, row % TILE_ROWS, codes);
+                }
+                each(row, codes.as_flattened());
+            }
+            start = end;
+        }
     }
 
-    /// Reads the codes of a row, which may be one of the padding rows of the last panel.
-    pub(crate) fn read_codes(&self, row: usize, codes: &mut [[u8; TILE_COLS]]) {
-        let tile = tile_bytes(self.scheme.bits);
-        let panel = row / TILE_ROWS * codes.len() * tile;
-        let tiles = self.codes[panel..].chunks_exact(tile);
-        for (codes, tile) in codes.iter_mut().zip(tiles) {
-            unpack_row(self.scheme.bits, tile, row % TILE_ROWS, codes);
+    /// The dense tiles of a panel: its own bytes, or what they expand to, in `scratch`.
+    pub(crate) fn dense_panel<'s>(&'s self, panel: usize, scratch: &'s mut Vec<u8>) -> &'s [u8] {
+        let len = self.cols.div_ceil(TILE_COLS) * tile_bytes(self.scheme.bits);
+        if let Sparsity::Dense = self.sparsity {
+            return &self.codes[panel * len..(panel + 1) * len];
+        }
+        scratch.resize(len, 0);
+        self.expand_panel(panel, scratch);
+        scratch
+    }
+
+    /// Expands a panel of a sparse matrix into dense tiles, `[tiles, 512]` with 4 bits and `[tiles, 1024]` with 8. A
+    /// damaged matrix gives some codes.
+    ///
+    /// # Panics
+    /// If the matrix is dense, has no such panel, or `out` has another length.
+    #[track_caller]
+    pub fn expand_panel(&self, panel: usize, out: &mut [u8]) {
+        let len = self.cols.div_ceil(TILE_COLS) * tile_bytes(self.scheme.bits);
+        assert_eq!(out.len(), len, "dense tiles of panel {panel}");
+        expand_panel(self, panel, out);
+    }
+
+    /// Where in `codes` the panel's stored codes start; of the number of panels, where the last one's end.
+    ///
+    /// # Panics
+    /// If the panel is beyond that.
+    pub fn panel_offset(&self, panel: usize) -> usize {
+        let tiles = self.cols.div_ceil(TILE_COLS);
+        let dense = panel * tiles * tile_bytes(self.scheme.bits);
+        match self.sparsity {
+            Sparsity::Dense => dense,
+            Sparsity::TwoOfFour { .. } => dense / 2,
+            Sparsity::Bitmask { offsets, .. } => {
+                let (offsets, _) = offsets.as_chunks();
+                // A 32-bit machine cannot have mapped what does not fit.
+                usize::try_from(u64::from_le_bytes(offsets[panel])).unwrap_or(usize::MAX)
+            }
         }
     }
 

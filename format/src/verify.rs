@@ -5,7 +5,8 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{Artifact, Stored};
 use crate::digest::{combine, hex};
 use crate::pack::TILE_ROWS;
-use crate::{FormatError, QuantizedView};
+use crate::sparse::panel_is_exact;
+use crate::{FormatError, QuantizedView, Sparsity};
 
 impl Artifact {
     /// Reads the whole file: digests of all tensors and files, finite scales, codes and zero points that
@@ -69,24 +70,43 @@ impl Artifact {
     /// What a digest cannot say: that the writer kept the rules. A kernel relies on them, because it
     /// computes with the padding as with everything else.
     fn check_quantized(&self, name: &str, view: &QuantizedView<'_>) -> Result<(), FormatError> {
-        let mut codes = view.code_buffer();
-        let padded_cols = codes.as_flattened().len();
-        for row in 0..view.rows.next_multiple_of(TILE_ROWS) {
+        let rows = 0..view.rows.next_multiple_of(TILE_ROWS);
+        for row in rows.clone() {
             self.check_groups(name, view, row)?;
-            let mid = view.scheme.mid();
-            let last_group = view.scheme.groups(view.cols) - 1;
+        }
+        self.check_sparse(name, view)?;
+        let last_group = view.scheme.groups(view.cols) - 1;
+        let mut wrong = Ok(());
+        view.for_each_row(rows, |row, codes| {
             let (first, expected) = match row < view.rows {
                 true => (view.cols, view.zero_point(row, last_group)),
-                false => (0, mid),
+                false => (0, view.scheme.mid()),
             };
-            if first == padded_cols {
-                continue;
-            }
-            view.read_codes(row, &mut codes);
-            let fill = &codes.as_flattened()[first..];
-            if let Some(at) = fill.iter().position(|&code| code != expected) {
+            let fill = &codes[first..];
+            let at = fill.iter().position(|&code| code != expected);
+            if let (Ok(()), Some(at)) = (&wrong, at) {
                 let part = format!("{name}.codes, row {row}");
-                return Err(self.padding(&part, first + at, expected.into(), fill[at].into()));
+                wrong = Err(self.padding(&part, first + at, expected.into(), fill[at].into()));
+            }
+        });
+        wrong
+    }
+
+    /// The masks and codes of a sparse encoding, and the zeros behind a bitmask's.
+    fn check_sparse(&self, name: &str, view: &QuantizedView<'_>) -> Result<(), FormatError> {
+        let panels = view.rows.div_ceil(TILE_ROWS);
+        if let Some(panel) = (0..panels).find(|&panel| !panel_is_exact(view, panel)) {
+            return Err(FormatError::Sparse {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+                panel,
+            });
+        }
+        if let Sparsity::Bitmask { .. } = view.sparsity {
+            let end = view.panel_offset(panels);
+            if let Some(at) = view.codes[end..].iter().position(|&byte| byte != 0) {
+                let got = view.codes[end + at];
+                return Err(self.padding(&format!("{name}.codes"), end + at, 0, got.into()));
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! One linear layer: `y = x · Wᵀ + b`.
 
 use crate::kernels::dense::{Dense, matmul_dense};
-use crate::kernels::{Activations, Columns, activation_group, elementwise, matmul_columns};
+use crate::kernels::{Activations, Columns, activation_group, elementwise, matmul};
 use crate::{Cpu, Path, RuntimeError, matmul_nt};
 use qbin_format::Weight;
 use rayon::prelude::*;
@@ -158,7 +158,7 @@ impl Linear<'_> {
                 let group = activation_group(view.scheme, self.cols);
                 let activations = input.quantized.iter().find(|x| x.group() == group);
                 let activations = activations.expect("prepared for this linear");
-                matmul_columns(cpu.isa, view, rows.clone(), activations, out);
+                matmul(cpu.isa, view, rows.clone(), activations, out);
             }
             (Path::Fast, Matrix::Stored(Weight::Dense(view))) => {
                 let weight = Dense::Stored(*view);

@@ -117,11 +117,15 @@ pub(crate) fn describe_fate(fate: &Fate) -> String {
             group_size,
             symmetric,
             method,
+            encoding,
             ..
         } => {
+            // `int4.t16x64.bitmask`; a dense encoding has two parts.
+            let sparse = encoding.split('.').nth(2);
+            let sparse = sparse.map_or(String::new(), |name| format!(" {name}"));
             let group = group_size.map_or("per channel".into(), |size| format!("g{size}"));
             format!(
-                "int{bits} {group} {} ({method})",
+                "int{bits} {group} {}{sparse} ({method})",
                 if *symmetric {
                     "symmetric"
                 } else {

@@ -79,10 +79,10 @@ fn a_model_hides_whether_it_is_quantized_and_follows_aliases() {
 
     let weight = model.weight("tied.weight").expect("alias");
     assert!(matches!(weight, Weight::Quantized(_)));
-    assert_eq!(weight.shape(), [17, 70]);
+    assert_eq!(weight.shape(), [31, 70]);
     let mut rows = vec![f32::NAN; 3 * 70];
     weight.read_rows_f32(14..17, &mut rows);
-    assert_eq!(rows, small.matrices[0].1.dequantize()[14 * 70..]);
+    assert_eq!(rows, small.matrices[0].1.dequantize()[14 * 70..17 * 70]);
     model.release("tied.weight");
 
     let norm = model.weight("norm.weight").expect("kept");
@@ -140,7 +140,7 @@ fn the_bytes_do_not_depend_on_the_order_of_writing() {
     }
     let (b, a) = (&small.matrices[1], &small.matrices[0]);
     writer.write_quantized(b.0, &b.1).expect("write");
-    for rows in [0..16, 16..17] {
+    for rows in [0..16, 16..31] {
         writer
             .write_quantized_rows(a.0, rows.start, &rows_of(&a.1, rows))
             .expect("write");
@@ -155,7 +155,7 @@ fn the_bytes_do_not_depend_on_the_order_of_writing() {
     assert!(fs::read(&one).expect("read") == fs::read(&two).expect("read"));
 }
 
-fn rows_of(m: &QuantizedMatrix, rows: std::ops::Range<usize>) -> QuantizedMatrix {
+pub(crate) fn rows_of(m: &QuantizedMatrix, rows: std::ops::Range<usize>) -> QuantizedMatrix {
     let groups = m.scheme.groups(m.cols);
     let grouped = rows.start * groups..rows.end * groups;
     QuantizedMatrix {

@@ -9,13 +9,16 @@ use qbin_format::{Artifact, FormatError, Model, sha256_hex};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{check_words, raw_file, small};
+use crate::common::{Small, check_words, raw_file, small, small_and_sparse};
 
 /// A small artifact with a header no longer than necessary.
 fn artifact() -> (TempDir, PathBuf) {
+    artifact_of(&small())
+}
+
+fn artifact_of(small: &Small) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("temp folder");
     let path = folder.path().join("m.qbin");
-    let small = small();
     let mut writer = small.writer(&path, 10);
     small.fill(&mut writer).expect("write");
     writer.finish(small.manifest.clone()).expect("finish");
@@ -38,7 +41,7 @@ fn open_and_verify(path: &Path) -> Result<(), FormatError> {
 
 #[test]
 fn a_flipped_bit_is_found_wherever_it_is() {
-    let (_folder, path) = artifact();
+    let (_folder, path) = artifact_of(&small_and_sparse());
     open_and_verify(&path).expect("whole");
     let bytes = fs::read(&path).expect("read");
     let file = fs::OpenOptions::new()
@@ -101,7 +104,16 @@ fn error_after(
     edit_header: impl Fn(&mut serde_json::Map<String, Value>),
     edit_data: impl Fn(&BTreeMap<String, (usize, usize)>, &mut Vec<u8>),
 ) -> FormatError {
-    let (_folder, path) = artifact();
+    error_after_in(&small(), edit_manifest, edit_header, edit_data)
+}
+
+fn error_after_in(
+    small: &Small,
+    edit_manifest: impl Fn(&mut Value),
+    edit_header: impl Fn(&mut serde_json::Map<String, Value>),
+    edit_data: impl Fn(&BTreeMap<String, (usize, usize)>, &mut Vec<u8>),
+) -> FormatError {
+    let (_folder, path) = artifact_of(small);
     let bytes = fs::read(&path).expect("read");
     let n = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     let mut header: serde_json::Map<String, Value> =
@@ -122,12 +134,10 @@ fn error_after(
     let mut manifest: Value = serde_json::from_str(manifest).expect("json");
     edit_manifest(&mut manifest);
     // A test of what a digest cannot find gives the changed tensor its right digest.
-    for (name, parts) in [
-        ("a.weight", &["codes", "scales", "zero_points"][..]),
-        ("b.weight", &["codes", "scales"]),
-    ] {
-        let digests = parts.iter().flat_map(|part| {
-            let (from, to) = ranges[&format!("{name}.{part}")];
+    for (name, _) in &small.matrices {
+        let parts = ["codes", "masks", "offsets", "scales", "zero_points"];
+        let stored = parts.map(|part| ranges.get(&format!("{name}.{part}")));
+        let digests = stored.into_iter().flatten().flat_map(|&(from, to)| {
             let hex = sha256_hex(&data[from..to]);
             (0..32).map(move |i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).expect("hex"))
         });
@@ -196,7 +206,7 @@ fn a_manifest_that_does_not_fit_is_refused() {
             &["`a.weight.scales`", "[2, 5, 16]", "[2, 3, 16]"],
         ),
         (
-            |m| m["tensors"]["a.weight"]["shape"] = json!([17, 70, 1]),
+            |m| m["tensors"]["a.weight"]["shape"] = json!([31, 70, 1]),
             &["`a.weight`", "two dimensions"],
         ),
         (
@@ -280,16 +290,16 @@ fn misplaced_data_is_refused() {
 #[test]
 fn unused_places_with_other_values_are_found() {
     type Edit = fn(&BTreeMap<String, (usize, usize)>, &mut Vec<u8>);
-    // `a.weight` is [17, 70] with 3 groups: columns 70.. of the second tile of row 0 are padding, and so
-    // are rows 1.. of the second panel.
+    // `a.weight` is [31, 70] with 3 groups: columns 70.. of the second tile of row 0 are padding, and so
+    // is row 15 of the second panel.
     let cases: [(Edit, &[&str]); 6] = [
         (
             |r, d| d[r["a.weight.codes"].0 + 512 + 64 * 7] ^= 0x10,
             &["`a.weight.codes, row 0`", "element 124"],
         ),
         (
-            |r, d| d[r["a.weight.codes"].0 + 1024 + 4] ^= 0x01,
-            &["`a.weight.codes, row 17`", "element 0", "0x9", "0x8"],
+            |r, d| d[r["a.weight.codes"].0 + 1024 + 60] ^= 0x01,
+            &["`a.weight.codes, row 31`", "element 0", "0x9", "0x8"],
         ),
         (
             |r, d| d[r["a.weight.scales"].1 - 2] = 1,
@@ -316,6 +326,115 @@ fn unused_places_with_other_values_are_found() {
         &error_after(|_| (), |_| (), pad),
         &["`qbin.pad.0`", "0x1", "0x0"],
     );
+}
+
+#[test]
+fn sparse_codes_that_do_not_fit_are_refused() {
+    type Edit = fn(&BTreeMap<String, (usize, usize)>, &mut Vec<u8>);
+    fn put(data: &mut [u8], at: usize, value: u64) {
+        data[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    // `c.weight` is a bitmask of two panels, `d.weight` two of four in one tile.
+    let refused_on_opening: [(Edit, &[&str]); 5] = [
+        (
+            |r, d| put(d, r["c.weight.offsets"].0, 1),
+            &["panel 0", "is 1, expected 0..=0"],
+        ),
+        (
+            |r, d| put(d, r["c.weight.offsets"].0 + 8, u64::MAX),
+            &["panel 1", "is 18446744073709551615, expected 0..=1024"],
+        ),
+        (
+            |r, d| put(d, r["c.weight.offsets"].0 + 16, 0),
+            &["panel 2", "is 0"],
+        ),
+        (
+            |r, d| {
+                let at = r["c.weight.offsets"].0 + 16;
+                d[at] += 1;
+            },
+            &["panel 2", "512 bytes before the end"],
+        ),
+        (
+            |r, d| {
+                let at = r["c.weight.offsets"].0 + 16;
+                d[at] -= 1;
+            },
+            &["panel 2", "512 bytes before the end"],
+        ),
+    ];
+    for (edit, words) in refused_on_opening {
+        let error = error_after_in(&small_and_sparse(), |_| (), |_| (), edit);
+        assert!(matches!(error, FormatError::Offsets { .. }), "{error}");
+        check_words(
+            &error,
+            &["m.qbin", "`c.weight.offsets`", "copy or download"],
+        );
+        check_words(&error, words);
+    }
+
+    let found_by_verify: [(Edit, &str, usize); 5] = [
+        // More codes than the panel has, in an even quad and an odd one, and fewer.
+        (
+            |r, d| d[r["c.weight.masks"].0..][..16].fill(0xff),
+            "c.weight",
+            0,
+        ),
+        (
+            |r, d| d[r["c.weight.masks"].0 + 256..][..16].fill(0),
+            "c.weight",
+            1,
+        ),
+        // A stored zero.
+        (|r, d| d[r["c.weight.codes"].0] = 0x88, "c.weight", 0),
+        // A panel that begins one byte late.
+        (|r, d| d[r["c.weight.offsets"].0 + 8] ^= 1, "c.weight", 0),
+        // Three columns of four, which leaves the fourth out or in.
+        (|r, d| d[r["d.weight.masks"].0] |= 7, "d.weight", 0),
+    ];
+    for (edit, name, panel) in found_by_verify {
+        let error = error_after_in(&small_and_sparse(), |_| (), |_| (), edit);
+        assert!(matches!(error, FormatError::Sparse { .. }), "{error}");
+        check_words(
+            &error,
+            &[&format!("panel {panel} in `{name}`"), "copy or download"],
+        );
+    }
+
+    let tail: Edit = |r, d| d[r["c.weight.codes"].1 - 1] = 1;
+    let error = error_after_in(&small_and_sparse(), |_| (), |_| (), tail);
+    check_words(&error, &["`c.weight.codes`", "0x1", "0x0"]);
+}
+
+#[test]
+fn a_sparse_manifest_that_does_not_fit_is_refused() {
+    type Edit = fn(&mut Value);
+    let cases: [(Edit, &[&str]); 4] = [
+        (
+            |m| m["required_features"] = json!(["sparse.2of4"]),
+            &[
+                "`c.weight`",
+                "`sparse.bitmask` among the required",
+                "sparse.2of4",
+            ],
+        ),
+        (
+            |m| m["tensors"]["c.weight"]["fate"]["encoding"] = json!("int4.t16x64.2of4"),
+            &["`c.weight.codes`", "[2, 2, 256]"],
+        ),
+        (
+            |m| m["tensors"]["d.weight"]["fate"]["encoding"] = json!("int8.t16x64"),
+            &["`d.weight.codes`", "[1, 1, 1024]"],
+        ),
+        (
+            |m| m["tensors"]["c.weight"]["shape"] = json!([48, 128]),
+            &["`c.weight.masks`", "[3, 2, 128]"],
+        ),
+    ];
+    for (edit, words) in cases {
+        let error = error_after_in(&small_and_sparse(), edit, |_| (), |_, _| ());
+        check_words(&error, words);
+    }
 }
 
 #[test]

@@ -13,6 +13,10 @@ use qbin_format::{
 pub(crate) struct Seeded(u64);
 
 impl Seeded {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -93,7 +97,7 @@ pub(crate) fn small() -> Small {
     let matrices = vec![
         (
             "a.weight",
-            random_matrix(scheme(4, Some(32), false), 17, 70, 1),
+            random_matrix(scheme(4, Some(32), false), 31, 70, 1),
         ),
         ("b.weight", random_matrix(scheme(8, None, true), 16, 64, 2)),
     ];
@@ -129,7 +133,7 @@ pub(crate) fn small() -> Small {
     };
     manifest
         .tensors
-        .insert("tied.weight".to_owned(), entry(alias, &[17, 70]));
+        .insert("tied.weight".to_owned(), entry(alias, &[31, 70]));
     manifest
         .tensors
         .insert("inv_freq".to_owned(), entry(dropped, &[8]));
@@ -139,6 +143,30 @@ pub(crate) fn small() -> Small {
         files,
         manifest,
     }
+}
+
+/// The same with two sparse matrices: `c.weight` is stored as a bitmask and `d.weight` as two of four.
+pub(crate) fn small_and_sparse() -> Small {
+    let mut small = small();
+    let mut c = random_matrix(scheme(4, Some(64), true), 32, 128, 3);
+    let mut d = random_matrix(scheme(8, Some(32), false), 16, 64, 4);
+    for (at, code) in c.codes.iter_mut().enumerate() {
+        if at / 3 % 3 > 0 {
+            *code = 8;
+        }
+    }
+    for (at, code) in d.codes.iter_mut().enumerate() {
+        if at / 2 % 2 == at / 64 % 2 {
+            *code = d.zero_points[at / 32];
+        }
+    }
+    for (name, matrix) in [("c.weight", c), ("d.weight", d)] {
+        let fate = Fate::quantized(matrix.scheme, "sparsegpt");
+        let entry = entry(fate, &[matrix.rows, matrix.cols]);
+        small.manifest.tensors.insert(name.to_owned(), entry);
+        small.matrices.push((name, matrix));
+    }
+    small
 }
 
 impl Small {

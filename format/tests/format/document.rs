@@ -3,7 +3,8 @@
 use crate::common::{entry, kept, scheme};
 use half::f16;
 use qbin_format::{
-    Artifact, ArtifactWriter, Dtype, Fate, Manifest, PackedMatrix, Planned, QuantizedMatrix,
+    Artifact, ArtifactWriter, Dtype, Encoding, Fate, Manifest, PackedMatrix, Planned,
+    QuantizedMatrix, Sparsity,
 };
 use serde_json::Value;
 
@@ -38,7 +39,7 @@ fn matrix() -> QuantizedMatrix {
     let example = DOCUMENT.split_once("## Example").expect("an example").1;
     let rows: Vec<&str> = example
         .lines()
-        .filter(|l| l.starts_with("| 0") || l.starts_with("| 1"))
+        .filter(|l| l.starts_with("| 0 ") || l.starts_with("| 1 "))
         .collect();
     let column = |n| {
         rows.iter()
@@ -126,4 +127,43 @@ fn the_example_file_has_the_header_and_manifest_of_the_document() {
     let got = serde_json::to_value(&artifact.manifest().tensors["w"]).expect("json");
     let expected: Value = serde_json::from_str(block("json entry")).expect("json");
     assert_eq!(got, expected);
+}
+
+#[test]
+fn the_sparse_example_has_the_bytes_of_the_document() {
+    let rows = DOCUMENT
+        .lines()
+        .filter(|l| l.starts_with("| 0s") || l.starts_with("| 1s"));
+    let codes = rows.flat_map(|row| cell(row, 1)).map(|code| code as u8);
+    let matrix = QuantizedMatrix {
+        scheme: scheme(4, None, true),
+        rows: 2,
+        cols: 8,
+        codes: codes.collect(),
+        scales: vec![f16::ONE; 2],
+        zero_points: Vec::new(),
+    };
+    let packed = |encoding| PackedMatrix::pack_as(&matrix, encoding).expect("two of four");
+    let bitmask = packed(Encoding::Bitmask);
+    let Sparsity::Bitmask { masks, offsets } = bitmask.view().sparsity else {
+        panic!("no bitmask");
+    };
+    let mut expected = hex_block("text bitmask codes (then 512 zero bytes)");
+    expected.resize(expected.len() + 512, 0);
+    assert_eq!(bitmask.view().codes, expected);
+    let mut expected = hex_block("text bitmask masks (then 112 zero bytes)");
+    expected.resize(expected.len() + 112, 0);
+    assert_eq!(masks, expected);
+    assert_eq!(offsets, [0u64, 3].map(u64::to_le_bytes).as_flattened());
+
+    let two_of_four = packed(Encoding::TwoOfFour);
+    let Sparsity::TwoOfFour { masks } = two_of_four.view().sparsity else {
+        panic!("not two of four");
+    };
+    let mut expected = hex_block("text 2of4 codes (then 224 bytes 88)");
+    expected.resize(expected.len() + 224, 0x88);
+    assert_eq!(two_of_four.view().codes, expected);
+    let mut expected = hex_block("text 2of4 masks (then db b6 6d db b6 6d for each of 14 quads)");
+    expected.extend([0xdb, 0xb6, 0x6d, 0xdb, 0xb6, 0x6d].repeat(14));
+    assert_eq!(masks, expected);
 }

@@ -8,3 +8,4 @@ mod common;
 mod document;
 mod output;
 mod packing;
+mod sparse;

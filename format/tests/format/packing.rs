@@ -54,7 +54,7 @@ fn slow_pack(m: &QuantizedMatrix) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
     (codes, scales, zero_points)
 }
 
-fn schemes() -> impl Strategy<Value = Scheme> {
+pub(crate) fn schemes() -> impl Strategy<Value = Scheme> {
     let groups = prop_oneof![
         Just(None),
         Just(Some(32)),

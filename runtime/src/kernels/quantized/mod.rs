@@ -11,8 +11,10 @@
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
 //!
 //! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
-//! file per instruction set implements.
+//! file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
+#[cfg(any(target_arch = "x86_64", test))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -21,43 +23,68 @@ mod blocks;
 mod output;
 mod panel;
 mod portable;
+mod sparse;
 #[cfg(test)]
 mod tests;
 mod vectors;
 
 use std::ops::Range;
 
-use qbin_format::{QuantizedView, TILE_ROWS};
-
-pub use output::Output;
+#[cfg(target_arch = "x86_64")]
+use qbin_format::Scheme;
+use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
 use super::pool::Columns;
 use output::Panels;
 
-/// Writes rows `16 · panels` of `W·x` for every token of `x`.
-///
-/// `out` is `[x.tokens(), w.rows]`; other panels of it may be written by other threads at the same time. Bias is the
-/// caller's.
+/// Tokens above which AMX is used; not tuned.
+#[cfg(target_arch = "x86_64")]
+const TILED: usize = 4;
+
+/// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or a panel was written before.
+/// If `x` was quantized for another width or scheme, `out` has another shape, or `rows` are not whole panels of `w`.
 #[track_caller]
-pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: &Output) {
-    check(w, x);
+pub fn matmul(
+    isa: Isa,
+    w: &QuantizedView,
+    rows: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+) {
+    assert_eq!(x.cols(), w.cols, "columns of activations and weights");
     assert_eq!(
-        (out.tokens(), out.rows()),
-        (x.tokens(), w.rows),
-        "shape of the output"
+        x.group(),
+        activation_group(w.scheme, w.cols),
+        "columns of an activation group"
     );
+    assert!(
+        rows.end <= w.rows && (rows.end == w.rows || rows.end.is_multiple_of(TILE_ROWS)),
+        "rows {rows:?} of {}",
+        w.rows
+    );
+    assert_eq!(out.rows(), x.tokens(), "tokens of output and activations");
     let product = Product {
         w,
         x,
-        panels: panels.clone(),
-        out: out.claim(panels),
+        panels: rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS),
+        out: Panels::of_columns(out, rows),
     };
-    product.run_at(isa);
+    match w.sparsity {
+        Sparsity::Dense => dense(isa, product),
+        _ => sparse::run(isa, product),
+    }
+}
+
+/// The product of weights in dense tiles.
+fn dense(isa: Isa, product: Product) {
+    match blocks::serves(product.x.group()) {
+        true => vectorized(isa, product),
+        false => isa.run(product),
+    }
 }
 
 /// Rows `16 · panels` of `W·x` for every token.
@@ -68,20 +95,15 @@ struct Product<'a, 'o> {
     out: Panels<'o>,
 }
 
-impl Product<'_, '_> {
-    fn run_at(self, isa: Isa) {
-        match blocks::serves(self.x.group()) {
-            true => vectorized(isa, self),
-            false => isa.run(self),
-        }
-    }
-}
-
 /// The product of groups that the vector kernels serve.
 #[cfg(target_arch = "x86_64")]
 fn vectorized(isa: Isa, product: Product) {
     use avx2::{Bytes, Halves, Nibbles, Vnni};
-    if let Some(v) = avx512::Avx512::of(isa) {
+    if product.x.tokens() > TILED
+        && let Some(tiles) = amx::Amx::of(isa)
+    {
+        amx::run(isa, tiles, product);
+    } else if let Some(v) = avx512::Avx512::of(isa) {
         blocks::run(v, product);
     } else if let Some(v) = Halves::<Vnni>::of(isa) {
         blocks::run(v, product);
@@ -104,41 +126,43 @@ fn vectorized(isa: Isa, product: Product) {
     isa.run(product);
 }
 
-/// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
+/// Whether products at this level have the bits of the definition, tried on small ones.
 ///
-/// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or `rows` are not whole panels of `w`.
-#[track_caller]
-pub fn matmul_columns(
-    isa: Isa,
-    w: &QuantizedView,
-    rows: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
-) {
-    assert!(
-        rows.end <= w.rows && (rows.end == w.rows || rows.end.is_multiple_of(TILE_ROWS)),
-        "rows {rows:?} of {}",
-        w.rows
-    );
-    assert_eq!(out.rows(), x.tokens(), "tokens of output and activations");
-    let panels = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
-    check(w, x);
-    let product = Product {
-        w,
-        x,
-        panels,
-        out: Panels::of_columns(out, rows),
-    };
-    product.run_at(isa);
-}
-
-#[track_caller]
-fn check(w: &QuantizedView, x: &Activations) {
-    assert_eq!(x.cols(), w.cols, "columns of activations and weights");
-    assert_eq!(
-        x.group(),
-        activation_group(w.scheme, w.cols),
-        "columns of an activation group"
-    );
+/// AMX is checked by this before it is offered: silently wrong results would be worse than none.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
+    [(4, 32), (4, 128), (8, 96)]
+        .into_iter()
+        .all(|(bits, group)| {
+            let scheme = Scheme {
+                bits,
+                group_size: Some(group),
+                symmetric: false,
+            };
+            // Any bytes will do: 33 rows and 200 columns in 3 panels of 4 tiles, f16 scales below 2.
+            let bytes = |len: usize, limit: usize| -> Vec<u8> {
+                (0..len).map(|i| (i * i % 251 % limit) as u8).collect()
+            };
+            let parameters = 3 * scheme.groups(200) * 16;
+            let w = QuantizedView {
+                scheme,
+                rows: 33,
+                cols: 200,
+                sparsity: Sparsity::Dense,
+                codes: &bytes(3 * 4 * 128 * usize::from(bits), 256),
+                scales: &bytes(2 * parameters, 60),
+                zero_points: &bytes(parameters, 16),
+            };
+            let x: Vec<f32> = bytes(37 * 200, 251)
+                .iter()
+                .map(|&byte| f32::from(byte) - 125.0)
+                .collect();
+            let run = |isa: Isa| {
+                let mut out = vec![0.0; 37 * 33];
+                let x = Activations::quantize(isa, &x, 200, scheme);
+                matmul(isa, &w, 0..33, &x, &mut Columns::whole(&mut out, 33));
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            run(isa) == run(scalar)
+        })
 }

@@ -7,8 +7,10 @@ use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Output, matmul};
-use crate::kernels::{Activations, Isa};
+use super::matmul;
+#[cfg(target_arch = "x86_64")]
+use super::{Product, agrees, amx};
+use crate::kernels::{Activations, Columns, Isa, Pool};
 
 /// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
 fn weights(scheme: Scheme, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> QuantizedMatrix {
@@ -61,9 +63,9 @@ fn product(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     matmul(
         isa,
         &w,
-        0..w.rows.div_ceil(16),
+        0..w.rows,
         &activations,
-        &Output::new(&mut out, w.rows),
+        &mut Columns::whole(&mut out, w.rows),
     );
     out
 }
@@ -117,6 +119,56 @@ proptest! {
             prop_assert_eq!(bits(&product(isa, &packed, &x)), bits(&single), "{}", isa.level());
         }
     }
+}
+
+/// The AMX product with tiles in software, on the vector instructions of `isa`.
+#[cfg(target_arch = "x86_64")]
+fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let w = packed.view();
+    let x = Activations::quantize(isa, x, w.cols, w.scheme);
+    let mut out = vec![f32::NAN; x.tokens() * w.rows];
+    let mut columns = Columns::whole(&mut out, w.rows);
+    let product = Product {
+        w: &w,
+        x: &x,
+        panels: 0..w.rows.div_ceil(16),
+        out: super::Panels::of_columns(&mut columns, 0..w.rows),
+    };
+    amx::run(isa, amx::tests::Software::new(), product);
+    out
+}
+
+#[cfg(target_arch = "x86_64")]
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 60,
+        rng_seed: RngSeed::Fixed(0x71_62_69_6e),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn tiles_give_the_bits_of_the_definition(
+        bits_ in prop::sample::select(vec![4, 8]),
+        group_size in prop::sample::select(vec![Some(32), Some(64), Some(96), Some(128), Some(256), None]),
+        symmetric: bool, rows in 1..150_usize, cols in 1..1400_usize, tokens in 1..=75_usize, seed: u64,
+    ) {
+        let scheme = Scheme { bits: bits_, group_size, symmetric };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let packed = PackedMatrix::pack(&weights(scheme, rows, cols, &mut rng));
+        let x = inputs(tokens, cols, &mut rng);
+        let expected = product(Isa::detect(), &packed, &x);
+        for isa in Isa::available() {
+            prop_assert_eq!(bits(&tiled(isa, &packed, &x)), bits(&expected), "{}", isa.level());
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn the_check_before_amx_passes_at_every_level() {
+    let levels = Isa::available();
+    assert!(levels.iter().all(|&isa| agrees(isa, levels[0])));
 }
 
 /// Wide enough for several passes over the columns and tokens; the last group of columns is short.
@@ -199,24 +251,11 @@ fn panels_may_be_written_by_several_threads() {
     let isa = Isa::detect();
     let activations = Activations::quantize(isa, &x, 70, scheme);
     let mut out = vec![f32::NAN; 9 * 1100];
-    let output = Output::new(&mut out, 1100);
-    std::thread::scope(|scope| {
-        for panels in [0..3, 3..68, 68..69] {
-            let (w, activations, output) = (&w, &activations, &output);
-            scope.spawn(move || matmul(isa, w, panels, activations, output));
-        }
+    let ranges = [0..48, 48..1088, 1088..1100];
+    Pool::new(3).columns(&mut out, 1100, &ranges, |part, mut out| {
+        matmul(isa, &w, ranges[part].clone(), &activations, &mut out);
     });
     assert_eq!(bits(&out), bits(&product(isa, &packed, &x)));
-}
-
-#[test]
-#[should_panic(expected = "were written before")]
-fn a_panel_is_written_once() {
-    let mut out = [0.0; 16 * 130];
-    let output = Output::new(&mut out, 16 * 130);
-    output.claim(0..64);
-    output.claim(64..130);
-    output.claim(127..128);
 }
 
 #[test]

@@ -1,0 +1,128 @@
+//! Products of sparse weights: masks and stored codes become dense tiles on the fly.
+//!
+//! What a panel expands to is [`QuantizedView::expand_panel`]'s to say, and the product is that of the dense tiles, so
+//! every instruction set gives the bits of the dense kernels on the unpacked matrix. For a few tokens the AVX-512
+//! kernel expands in registers; in every other case some panels are expanded into a buffer that stays in the cache, and
+//! the dense kernels take them from there.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod cursor;
+#[cfg(target_arch = "x86_64")]
+mod few;
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
+
+use super::Product;
+use crate::kernels::isa::Isa;
+
+/// Columns that are expanded at a time.
+#[cfg(target_arch = "x86_64")]
+const STEP: usize = 32;
+
+/// Bytes of dense tiles that are expanded before they are multiplied: they stay in the L2 cache.
+const EXPANDED: usize = 256 << 10;
+
+/// Panels of the widest block of the dense kernels.
+const BLOCK: usize = 4;
+
+thread_local! {
+    /// Dense tiles of some panels.
+    static TILES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The product of sparse weights.
+pub(super) fn run(isa: Isa, mut product: Product) {
+    #[cfg(target_arch = "x86_64")]
+    if few::serves(&product)
+        && let Some(vbmi2) = avx512::Vbmi2::of(isa)
+    {
+        return few::run(vbmi2, product);
+    }
+    let (w, panels) = (product.w, product.panels.clone());
+    let panel_bytes = dense_panel_bytes(w);
+    let chunk = (EXPANDED / panel_bytes).next_multiple_of(BLOCK).max(BLOCK);
+    TILES.with_borrow_mut(|tiles| {
+        for start in panels.clone().step_by(chunk) {
+            let part = start..panels.end.min(start + chunk);
+            tiles.resize(part.len() * panel_bytes, 0);
+            for (panel, tiles) in part.clone().zip(tiles.chunks_exact_mut(panel_bytes)) {
+                expand(isa, w, panel, tiles);
+            }
+            let expanded = Product {
+                w: &dense_part(w, part.clone(), tiles),
+                x: product.x,
+                panels: 0..part.len(),
+                out: product.out.part(part),
+            };
+            super::dense(isa, expanded);
+        }
+    });
+}
+
+/// Bytes of a panel's dense tiles.
+fn dense_panel_bytes(w: &QuantizedView) -> usize {
+    w.cols.div_ceil(TILE_COLS) * TILE_ROWS * TILE_COLS * usize::from(w.scheme.bits) / 8
+}
+
+/// Some panels as a matrix of their own, with these tiles.
+fn dense_part<'a>(
+    w: &QuantizedView<'a>,
+    panels: Range<usize>,
+    tiles: &'a [u8],
+) -> QuantizedView<'a> {
+    let parameters = w.scheme.groups(w.cols) * TILE_ROWS;
+    let of = |bytes: &'a [u8], each: usize| &bytes[panels.start * each..panels.end * each];
+    QuantizedView {
+        rows: (panels.end * TILE_ROWS).min(w.rows) - panels.start * TILE_ROWS,
+        codes: tiles,
+        sparsity: Sparsity::Dense,
+        scales: of(w.scales, 2 * parameters),
+        zero_points: match w.scheme.symmetric {
+            true => &[],
+            false => of(w.zero_points, parameters),
+        },
+        ..*w
+    }
+}
+
+/// Expands one panel into dense tiles.
+fn expand(isa: Isa, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if one_zero_per_step(w) {
+        if let Some(vbmi2) = avx512::Vbmi2::of(isa) {
+            return vbmi2.expand(w, panel, tiles);
+        }
+        if let Some(avx2) = avx2::Avx2::of(isa) {
+            return avx2.expand(w, panel, tiles);
+        }
+    }
+    w.expand_panel(panel, tiles);
+}
+
+/// Whether the code of zero is the same for all columns of a step, in every row.
+#[cfg(target_arch = "x86_64")]
+fn one_zero_per_step(w: &QuantizedView) -> bool {
+    w.scheme.symmetric || w.scheme.group_size.is_none_or(|g| g.is_multiple_of(STEP))
+}
+
+/// The codes of zero of a panel's rows in the columns of a step.
+#[cfg(target_arch = "x86_64")]
+fn zero_codes(w: &QuantizedView, panel: usize, step: usize) -> [u8; TILE_ROWS] {
+    // Columns beyond the last belong to the last group.
+    let group = w.scheme.group_of((step * STEP).min(w.cols - 1));
+    let at = panel * w.scheme.groups(w.cols) + group;
+    let (stored, _) = w.zero_points.as_chunks();
+    match w.scheme.symmetric {
+        true => [w.scheme.mid(); TILE_ROWS],
+        false => stored[at],
+    }
+}
