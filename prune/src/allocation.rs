@@ -81,12 +81,12 @@ mod tests {
     fn zeros_go_where_they_are_cheap_and_add_up() {
         let curves = [
             curve(100, [0.0, 0.1, 0.9]),
-            curve(300, [0.0, 0.2, 0.3]),
+            curve(300, [0.0, 0.32, 0.4]),
             curve(100, [0.0, 0.4, 1.0]),
         ];
         let shares = allocate(&curves, 0.5);
-        // The second has a hull without its middle: 0.3 for 150 zeros. The first's 25 cost 0.1, twice as much each.
-        // 250 zeros: 125 at the start, 150 would be too many, so the second gets 125 of them.
+        // 250 zeros are asked, 125 are there from the start. The second's next 75 cost more for each than the first's
+        // next 25, but its next 150 cost less: its middle point is not on the hull, and it gets all 125.
         assert!(
             (shares[0] - 0.25).abs() < 1e-12 && (shares[2] - 0.25).abs() < 1e-12,
             "{shares:?}"

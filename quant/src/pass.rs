@@ -201,7 +201,15 @@ impl<'a> QuantPass<'a> {
                     .quantize_survivors(weight, rows, &grid, survivors.as_ref())
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
-                put(out, name, gptq_tensor(done, self.recipe.damp));
+                let (tensor, mut report) = gptq_tensor(done, self.recipe.damp);
+                if let Some((held, _)) = &held {
+                    let zeros = held.zeros.iter().filter(|zero| **zero).count();
+                    let of = held.zeros.len();
+                    report
+                        .notes
+                        .push(format!("{zeros} of {of} weights held at zero"));
+                }
+                put(out, name, (tensor, report));
             }
         }
         Ok(())
