@@ -20,6 +20,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod output;
 mod panel;
 mod portable;
@@ -49,10 +51,16 @@ const TILED: usize = 4;
 /// caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or a panel was written before.
+/// If `x` was quantized for another width or scheme, `w` has not the bytes that its shape needs, `out` has another shape, or a panel was written before.
 #[track_caller]
 pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: &Output) {
     assert_eq!(x.cols(), w.cols, "columns of activations and weights");
+    assert!(
+        panel::fits(w),
+        "{} rows of {} columns do not fit the bytes of the matrix",
+        w.rows,
+        w.cols
+    );
     assert_eq!(
         x.group(),
         activation_group(w.scheme, w.cols),
@@ -69,9 +77,10 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
         panels: panels.clone(),
         out: out.claim(panels),
     };
-    match blocks::serves(x.group()) {
-        true => vectorized(isa, product),
-        false => isa.run(product),
+    if blocks::serves(x.group()) {
+        vectorized(isa, product);
+    } else {
+        isa.run(product);
     }
 }
 
@@ -109,7 +118,23 @@ fn vectorized(isa: Isa, product: Product) {
 }
 
 /// The product of groups that the vector kernels serve.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn vectorized(isa: Isa, product: Product) {
+    if product.w.scheme.bits == 4
+        && let Some(v) = neon::Neon::<0>::of(isa)
+    {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 8
+        && let Some(v) = neon::Neon::<128>::of(isa)
+    {
+        blocks::run(v, product);
+    } else {
+        isa.run(product);
+    }
+}
+
+/// The product of groups that vector kernels would serve.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn vectorized(isa: Isa, product: Product) {
     isa.run(product);
 }
