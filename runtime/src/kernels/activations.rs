@@ -131,6 +131,12 @@ impl Activations {
         self.cols.next_multiple_of(TILE_COLS)
     }
 
+    /// Codes from a token on, rows of [`Self::stride`].
+    #[cfg(any(target_arch = "x86_64", test))]
+    pub(crate) fn rows(&self, token: usize) -> &[i8] {
+        &self.codes[token * self.stride()..]
+    }
+
     /// Codes of one token, padded with 0 to a multiple of 64.
     pub fn codes(&self, token: usize) -> &[i8] {
         &self.codes[token * self.stride()..][..self.stride()]

@@ -100,13 +100,18 @@ impl Isa {
 
     /// Every level of this machine, lowest first; the first is scalar.
     pub fn available() -> Vec<Self> {
-        let mut levels = vec![Self {
-            level: Level::Scalar,
-            bf16: false,
-            vbmi2: false,
-        }];
+        let mut levels = vec![Self::plain(Level::Scalar)];
         levels.extend(native());
         levels
+    }
+
+    /// A level without extras.
+    const fn plain(level: Level) -> Self {
+        Self {
+            level,
+            bf16: false,
+            vbmi2: false,
+        }
     }
 
     /// The level.
@@ -170,14 +175,13 @@ unsafe fn run_avx2<W: Vectorized>(work: W) -> W::Output {
 #[cfg(target_arch = "x86_64")]
 fn native() -> Vec<Isa> {
     let mut found = Vec::new();
-    let mut push = |level, bf16, vbmi2| found.push(Isa { level, bf16, vbmi2 });
     if is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
     {
-        push(Level::Avx2, false, false);
+        found.push(Isa::plain(Level::Avx2));
         if is_x86_feature_detected!("avxvnni") {
-            push(Level::AvxVnni, false, false);
+            found.push(Isa::plain(Level::AvxVnni));
         }
         if is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -188,9 +192,18 @@ fn native() -> Vec<Isa> {
             let bf16 = is_x86_feature_detected!("avx512bf16");
             let vbmi2 =
                 is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
-            push(Level::Avx512, bf16, vbmi2);
-            if amx::granted() {
-                push(Level::Amx, bf16, vbmi2);
+            found.push(Isa {
+                level: Level::Avx512,
+                bf16,
+                vbmi2,
+            });
+            let amx = Isa {
+                level: Level::Amx,
+                bf16,
+                vbmi2,
+            };
+            if amx::granted(amx) {
+                found.push(amx);
             }
         }
     }
@@ -200,12 +213,10 @@ fn native() -> Vec<Isa> {
 #[cfg(target_arch = "aarch64")]
 fn native() -> Vec<Isa> {
     let dotprod = std::arch::is_aarch64_feature_detected!("dotprod");
-    let neon = Isa {
-        level: Level::Neon,
-        bf16: false,
-        vbmi2: false,
-    };
-    dotprod.then_some(neon).into_iter().collect()
+    dotprod
+        .then_some(Isa::plain(Level::Neon))
+        .into_iter()
+        .collect()
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -213,22 +224,25 @@ fn native() -> Vec<Isa> {
     Vec::new()
 }
 
-/// Whether AMX may be used: the CPU has it, and Linux gives this process the tiles' state.
+/// Whether AMX may be used: the CPU has it, Linux gives this process the tiles' state, and it multiplies right.
 #[cfg(target_arch = "x86_64")]
 mod amx {
     use std::sync::OnceLock;
+
+    use super::{Isa, Level};
+    use crate::kernels::quantized;
 
     /// CPUID leaf 7, EDX: BF16 tiles, tiles, INT8 tiles.
     const CPUID_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
 
     /// Asks once; the answer holds for all threads of the process.
-    pub(super) fn granted() -> bool {
+    pub(super) fn granted(amx: Isa) -> bool {
         static GRANTED: OnceLock<bool> = OnceLock::new();
         *GRANTED.get_or_init(|| {
             let leaves = std::arch::x86_64::__cpuid(0).eax;
             let has_amx =
                 leaves >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & CPUID_AMX == CPUID_AMX;
-            has_amx && request_tiles()
+            has_amx && request_tiles() && quantized::agrees(amx, Isa::plain(Level::Scalar))
         })
     }
 

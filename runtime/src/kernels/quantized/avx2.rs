@@ -57,7 +57,7 @@ pub(super) struct NibbleSum {
 impl Dot for Nibbles {
     type Sum = NibbleSum;
     const CENTRE: i32 = 0;
-    const TOKENS: usize = 4;
+    const TOKENS: usize = 3;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: `self` proves the features.
@@ -110,7 +110,7 @@ impl Halves<Bytes> {
 impl Dot for Bytes {
     type Sum = __m256i;
     const CENTRE: i32 = 128;
-    const TOKENS: usize = 4;
+    const TOKENS: usize = 3;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: `self` proves the features.

@@ -126,7 +126,7 @@ impl<V: Vectors> Blocks<'_, '_, V> {
 }
 
 /// A range in parts of at most `len`, of about equal size: a small last one would leave the multipliers waiting.
-fn parts(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn parts(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
     let count = range.len().div_ceil(len);
     let at = move |part: usize| range.start + part * range.len() / count;
     (0..count).map(move |part| at(part)..at(part + 1))

@@ -13,11 +13,15 @@
 //! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
 //! file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
+#[cfg(any(target_arch = "x86_64", test))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod output;
 mod panel;
 mod portable;
@@ -28,6 +32,8 @@ mod vectors;
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use qbin_format::Scheme;
 use qbin_format::{QuantizedView, Sparsity};
 
 pub use output::Output;
@@ -36,16 +42,26 @@ use super::activations::{Activations, activation_group};
 use super::isa::Isa;
 use output::Panels;
 
+/// Tokens above which AMX is used; not tuned.
+#[cfg(target_arch = "x86_64")]
+const TILED: usize = 4;
+
 /// Writes rows `16 · panels` of `W·x` for every token of `x`.
 ///
 /// `out` is `[x.tokens(), w.rows]`; other panels of it may be written by other threads at the same time. Bias is the
 /// caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or a panel was written before.
+/// If `x` was quantized for another width or scheme, `w` has not the bytes that its shape needs, `out` has another shape, or a panel was written before.
 #[track_caller]
 pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: &Output) {
     assert_eq!(x.cols(), w.cols, "columns of activations and weights");
+    assert!(
+        panel::fits(w),
+        "{} rows of {} columns do not fit the bytes of the matrix",
+        w.rows,
+        w.cols
+    );
     assert_eq!(
         x.group(),
         activation_group(w.scheme, w.cols),
@@ -70,9 +86,10 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
 
 /// The product of weights in dense tiles.
 fn dense(isa: Isa, product: Product) {
-    match blocks::serves(product.x.group()) {
-        true => vectorized(isa, product),
-        false => isa.run(product),
+    if blocks::serves(product.x.group()) {
+        vectorized(isa, product);
+    } else {
+        isa.run(product);
     }
 }
 
@@ -88,7 +105,11 @@ struct Product<'a, 'o> {
 #[cfg(target_arch = "x86_64")]
 fn vectorized(isa: Isa, product: Product) {
     use avx2::{Bytes, Halves, Nibbles, Vnni};
-    if let Some(v) = avx512::Avx512::of(isa) {
+    if product.x.tokens() > TILED
+        && let Some(tiles) = amx::Amx::of(isa)
+    {
+        amx::run(isa, tiles, product);
+    } else if let Some(v) = avx512::Avx512::of(isa) {
         blocks::run(v, product);
     } else if let Some(v) = Halves::<Vnni>::of(isa) {
         blocks::run(v, product);
@@ -106,7 +127,64 @@ fn vectorized(isa: Isa, product: Product) {
 }
 
 /// The product of groups that the vector kernels serve.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn vectorized(isa: Isa, product: Product) {
+    if product.w.scheme.bits == 4
+        && let Some(v) = neon::Neon::<0>::of(isa)
+    {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 8
+        && let Some(v) = neon::Neon::<128>::of(isa)
+    {
+        blocks::run(v, product);
+    } else {
+        isa.run(product);
+    }
+}
+
+/// The product of groups that vector kernels would serve.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn vectorized(isa: Isa, product: Product) {
     isa.run(product);
+}
+
+/// Whether products at this level have the bits of the definition, tried on small ones.
+///
+/// AMX is checked by this before it is offered: silently wrong results would be worse than none.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
+    [(4, 32), (4, 128), (8, 96)]
+        .into_iter()
+        .all(|(bits, group)| {
+            let scheme = Scheme {
+                bits,
+                group_size: Some(group),
+                symmetric: false,
+            };
+            // Any bytes will do: 33 rows and 200 columns in 3 panels of 4 tiles, f16 scales below 2.
+            let bytes = |len: usize, limit: usize| -> Vec<u8> {
+                (0..len).map(|i| (i * i % 251 % limit) as u8).collect()
+            };
+            let parameters = 3 * scheme.groups(200) * 16;
+            let w = QuantizedView {
+                scheme,
+                rows: 33,
+                cols: 200,
+                codes: &bytes(3 * 4 * 128 * usize::from(bits), 256),
+                sparsity: Sparsity::Dense,
+                scales: &bytes(2 * parameters, 60),
+                zero_points: &bytes(parameters, 16),
+            };
+            let x: Vec<f32> = bytes(37 * 200, 251)
+                .iter()
+                .map(|&byte| f32::from(byte) - 125.0)
+                .collect();
+            let run = |isa: Isa| {
+                let mut out = vec![0.0; 37 * 33];
+                let x = Activations::quantize(isa, &x, 200, scheme);
+                matmul(isa, &w, 0..3, &x, &Output::new(&mut out, 33));
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            run(isa) == run(scalar)
+        })
 }

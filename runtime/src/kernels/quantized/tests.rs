@@ -7,7 +7,7 @@ use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Output, matmul};
+use super::{Output, Product, amx, matmul};
 use crate::kernels::{Activations, Isa};
 
 /// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
@@ -117,6 +117,55 @@ proptest! {
             prop_assert_eq!(bits(&product(isa, &packed, &x)), bits(&single), "{}", isa.level());
         }
     }
+}
+
+/// The AMX product with tiles in software, on the vector instructions of `isa`.
+fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let w = packed.view();
+    let x = Activations::quantize(isa, x, w.cols, w.scheme);
+    let mut out = vec![f32::NAN; x.tokens() * w.rows];
+    let output = Output::new(&mut out, w.rows);
+    let panels = 0..w.rows.div_ceil(16);
+    let product = Product {
+        w: &w,
+        x: &x,
+        panels: panels.clone(),
+        out: output.claim(panels),
+    };
+    amx::run(isa, amx::tests::Software::new(), product);
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 60,
+        rng_seed: RngSeed::Fixed(0x71_62_69_6e),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn tiles_give_the_bits_of_the_definition(
+        bits_ in prop::sample::select(vec![4, 8]),
+        group_size in prop::sample::select(vec![Some(32), Some(64), Some(96), Some(128), Some(256), None]),
+        symmetric: bool, rows in 1..150_usize, cols in 1..1400_usize, tokens in 1..=75_usize, seed: u64,
+    ) {
+        let scheme = Scheme { bits: bits_, group_size, symmetric };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let packed = PackedMatrix::pack(&weights(scheme, rows, cols, &mut rng));
+        let x = inputs(tokens, cols, &mut rng);
+        let expected = product(Isa::detect(), &packed, &x);
+        for isa in Isa::available() {
+            prop_assert_eq!(bits(&tiled(isa, &packed, &x)), bits(&expected), "{}", isa.level());
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn the_check_before_amx_passes_at_every_level() {
+    let levels = Isa::available();
+    assert!(levels.iter().all(|&isa| super::agrees(isa, levels[0])));
 }
 
 /// Wide enough for several passes over the columns and tokens; the last group of columns is short.
