@@ -132,6 +132,7 @@ impl Activations {
     }
 
     /// Codes from a token on, rows of [`Self::stride`].
+    #[cfg(any(target_arch = "x86_64", test))]
     pub(crate) fn rows(&self, token: usize) -> &[i8] {
         &self.codes[token * self.stride()..]
     }

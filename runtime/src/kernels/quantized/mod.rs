@@ -20,6 +20,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod output;
 mod panel;
 mod portable;
@@ -46,7 +48,8 @@ const TILED: usize = 4;
 /// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `out` has another shape, or `rows` are not whole panels of `w`.
+/// If `x` was quantized for another width or scheme, `w` has not the bytes that its shape needs, `out` has another shape,
+/// or `rows` are not whole panels of `w`.
 #[track_caller]
 pub fn matmul(
     isa: Isa,
@@ -56,6 +59,12 @@ pub fn matmul(
     out: &mut Columns<'_>,
 ) {
     assert_eq!(x.cols(), w.cols, "columns of activations and weights");
+    assert!(
+        panel::fits(w),
+        "{} rows of {} columns do not fit the bytes of the matrix",
+        w.rows,
+        w.cols
+    );
     assert_eq!(
         x.group(),
         activation_group(w.scheme, w.cols),
@@ -81,9 +90,10 @@ pub fn matmul(
 
 /// The product of weights in dense tiles.
 fn dense(isa: Isa, product: Product) {
-    match blocks::serves(product.x.group()) {
-        true => vectorized(isa, product),
-        false => isa.run(product),
+    if blocks::serves(product.x.group()) {
+        vectorized(isa, product);
+    } else {
+        isa.run(product);
     }
 }
 
@@ -121,7 +131,23 @@ fn vectorized(isa: Isa, product: Product) {
 }
 
 /// The product of groups that the vector kernels serve.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn vectorized(isa: Isa, product: Product) {
+    if product.w.scheme.bits == 4
+        && let Some(v) = neon::Neon::<0>::of(isa)
+    {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 8
+        && let Some(v) = neon::Neon::<128>::of(isa)
+    {
+        blocks::run(v, product);
+    } else {
+        isa.run(product);
+    }
+}
+
+/// The product of groups that vector kernels would serve.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn vectorized(isa: Isa, product: Product) {
     isa.run(product);
 }

@@ -2,10 +2,39 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use qbin_format::{QuantizedView, TILE_COLS, TILE_ROWS};
+use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
 /// Bytes of one vector of codes: 16 rows × 4 columns.
 pub(super) const VECTOR: usize = 64;
+
+/// Bytes of one panel: codes, scales, zero points.
+fn panel_bytes(w: &QuantizedView) -> [usize; 3] {
+    let tiles = w.cols.div_ceil(TILE_COLS);
+    let parameters = w.scheme.groups(w.cols) * TILE_ROWS;
+    let zero_points = if w.scheme.symmetric { 0 } else { parameters };
+    [
+        tiles * TILE_ROWS * TILE_COLS * usize::from(w.scheme.bits) / 8,
+        2 * parameters,
+        zero_points,
+    ]
+}
+
+/// Whether the matrix has the bytes that its shape needs.
+pub(super) fn fits(w: &QuantizedView) -> bool {
+    let panels = w.rows.div_ceil(TILE_ROWS);
+    let tiles = panels * w.cols.div_ceil(TILE_COLS);
+    let [codes, scales, zero_points] = panel_bytes(w).map(|bytes| bytes * panels);
+    let codes_fit = match w.sparsity {
+        Sparsity::Dense => w.codes.len() == codes,
+        // How many codes there are, the offsets say; a kernel looks where it reads.
+        Sparsity::Bitmask { masks, offsets } => {
+            [masks.len(), offsets.len()] == [128 * tiles, 8 * (panels + 1)]
+                && w.codes.len() * tiles >= codes
+        }
+        Sparsity::TwoOfFour { masks } => [masks.len(), 2 * w.codes.len()] == [96 * tiles, codes],
+    };
+    codes_fit && [w.scales.len(), w.zero_points.len()] == [scales, zero_points]
+}
 
 /// A panel of a [`QuantizedView`].
 #[derive(Clone, Copy)]
@@ -23,15 +52,12 @@ pub(super) struct Panel<'a> {
 
 impl<'a> Panel<'a> {
     pub(super) fn of(w: &QuantizedView<'a>, panel: usize) -> Self {
-        let tiles =
-            w.cols.div_ceil(TILE_COLS) * TILE_ROWS * TILE_COLS * usize::from(w.scheme.bits) / 8;
-        let parameters = w.scheme.groups(w.cols) * TILE_ROWS;
-        let zero_points = if w.scheme.symmetric { 0 } else { parameters };
+        let [codes, scales, zero_points] = panel_bytes(w);
         Self {
             bits: w.scheme.bits,
             mid: w.scheme.mid(),
-            codes: &w.codes[panel * tiles..][..tiles],
-            scales: &w.scales[panel * 2 * parameters..][..2 * parameters],
+            codes: &w.codes[panel * codes..][..codes],
+            scales: &w.scales[panel * scales..][..scales],
             zero_points: &w.zero_points[panel * zero_points..][..zero_points],
         }
     }

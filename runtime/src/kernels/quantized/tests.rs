@@ -7,9 +7,7 @@ use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::matmul;
-#[cfg(target_arch = "x86_64")]
-use super::{Product, agrees, amx};
+use super::{Product, amx, matmul};
 use crate::kernels::{Activations, Columns, Isa, Pool};
 
 /// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
@@ -122,7 +120,6 @@ proptest! {
 }
 
 /// The AMX product with tiles in software, on the vector instructions of `isa`.
-#[cfg(target_arch = "x86_64")]
 fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
     let x = Activations::quantize(isa, x, w.cols, w.scheme);
@@ -138,7 +135,6 @@ fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     out
 }
 
-#[cfg(target_arch = "x86_64")]
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 60,
@@ -168,7 +164,7 @@ proptest! {
 #[test]
 fn the_check_before_amx_passes_at_every_level() {
     let levels = Isa::available();
-    assert!(levels.iter().all(|&isa| agrees(isa, levels[0])));
+    assert!(levels.iter().all(|&isa| super::agrees(isa, levels[0])));
 }
 
 /// Wide enough for several passes over the columns and tokens; the last group of columns is short.

@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use qbin_format::{QuantizedView, TILE_ROWS};
 
-use super::cursor::{Cursor, VECTOR};
-use super::{STEP, zero_codes};
+use super::cursor::{Cursor, VECTOR, vectors_of};
+use super::{STEP, Zeros};
 use crate::kernels::isa::{Isa, Level};
 
 /// For each byte of a mask where each of its eight places finds its code, or 0x80 where it keeps its zero.
@@ -44,21 +44,22 @@ impl Avx2 {
     }
 }
 
-/// Codes of zero of 16 places, for each quarter of a vector.
-type Zeros = [__m128i; 4];
+/// The quarters of a dense vector.
+type Vector = [__m128i; 4];
 
 #[target_feature(enable = "avx2,popcnt")]
 fn expand(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
     let mut cursor = Cursor::new(w, panel);
+    let zeros = Zeros::new(w, panel);
     let (vectors, _) = tiles.as_chunks_mut::<VECTOR>();
     for (at, out) in vectors
-        .chunks_exact_mut(STEP * usize::from(w.scheme.bits) / 32)
+        .chunks_exact_mut(vectors_of(w.scheme.bits))
         .enumerate()
     {
-        let zeros = spread(&zero_codes(w, panel, at), w.scheme.bits);
+        let zeros = spread(zeros.at(at * STEP), w.scheme.bits);
         let masks = cursor.masks(at);
         let two = cursor.two_of_four();
-        let low = cursor.window(0, out.len());
+        let low = cursor.window(0, w.scheme.bits);
         let mut used = [0, 0];
         if w.scheme.bits == 8 {
             for (out, &mask) in out.iter_mut().zip(&masks) {
@@ -69,7 +70,7 @@ fn expand(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
             let high = if two {
                 low
             } else {
-                cursor.window(1, out.len())
+                cursor.window(1, w.scheme.bits)
             };
             for (out, pair) in out.iter_mut().zip(masks.as_chunks::<2>().0) {
                 let even = quad(low, &mut used[0], pair[0], &zeros, two);
@@ -85,7 +86,7 @@ fn expand(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
 /// Each row's code four times, and with 4 bits in both nibbles.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> Zeros {
+fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> Vector {
     let mut zeros = [_mm_setzero_si128(); 4];
     for (zeros, codes) in zeros.iter_mut().zip(codes.as_chunks::<4>().0) {
         let four = _mm_cvtsi32_si128(i32::from_le_bytes(*codes));
@@ -104,7 +105,7 @@ fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> Zeros {
 /// One quad, `used` codes after the window's start. Of `two` of four, each byte of the mask has exactly four.
 #[inline]
 #[target_feature(enable = "avx2,popcnt")]
-fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Zeros, two: bool) -> Zeros {
+fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Vector, two: bool) -> Vector {
     let mut out = *zeros;
     for (out, bytes) in out.iter_mut().zip(mask.to_le_bytes().as_chunks::<2>().0) {
         let counts = bytes.map(|byte| byte.count_ones() as usize);
@@ -131,7 +132,7 @@ fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Zeros, two: bool) ->
 /// The low nibbles of one vector and the high nibbles of another.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn nibbles(mut even: Zeros, odd: Zeros) -> Zeros {
+fn nibbles(mut even: Vector, odd: Vector) -> Vector {
     let low = _mm_set1_epi8(0x0f);
     for (even, odd) in even.iter_mut().zip(odd) {
         *even = _mm_or_si128(_mm_and_si128(low, *even), _mm_andnot_si128(low, odd));
@@ -147,7 +148,7 @@ fn eight(bytes: &[u8; 8]) -> __m128i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store(vector: Zeros, out: &mut [u8; VECTOR]) {
+fn store(vector: Vector, out: &mut [u8; VECTOR]) {
     for (part, out) in vector.into_iter().zip(out.as_chunks_mut::<16>().0) {
         // SAFETY: 16 bytes are written into 16.
         unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), part) };

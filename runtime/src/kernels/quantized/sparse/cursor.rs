@@ -6,6 +6,12 @@ use qbin_format::{QuantizedView, Sparsity, TILE_COLS};
 pub(super) const QUADS: usize = super::STEP / 4;
 /// Bytes of a vector of dense codes.
 pub(super) const VECTOR: usize = 64;
+
+/// Dense vectors of a step.
+pub(super) const fn vectors_of(bits: u8) -> usize {
+    QUADS * bits as usize / 8
+}
+
 /// How many steps ahead masks and codes are fetched.
 const AHEAD: usize = 8;
 
@@ -81,14 +87,14 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The masks of a step of two of four.
+    /// The masks of a step of two of four; of the last step, if there is no such.
     ///
     /// # Panics
-    /// If it has other masks, or no such step.
+    /// If it has other masks.
     #[inline(always)]
     pub(super) fn two_of_four_masks(&self, step: usize) -> &'a [u8; 6 * QUADS] {
         match self.masks {
-            Masks::TwoOfFour(masks) => &masks[step],
+            Masks::TwoOfFour(masks) => &masks[step.min(masks.len() - 1)],
             Masks::Bitmask(_) => unreachable!("asked after looking"),
         }
     }
@@ -116,7 +122,7 @@ impl<'a> Cursor<'a> {
 
     /// Fetches what comes some steps later into the cache.
     #[inline(always)]
-    pub(super) fn prefetch(&self, step: usize, vectors: usize, prefetch: impl Fn(*const u8)) {
+    pub(super) fn prefetch(&self, step: usize, bits: u8, prefetch: impl Fn(*const u8)) {
         let (masks, mask_bytes) = match self.masks {
             Masks::Bitmask(masks) => (masks.as_ptr().cast::<u8>(), 8 * QUADS),
             Masks::TwoOfFour(masks) => (masks.as_ptr().cast::<u8>(), 6 * QUADS),
@@ -124,20 +130,20 @@ impl<'a> Cursor<'a> {
         prefetch(masks.wrapping_add((step + AHEAD) * mask_bytes));
         // Half of the codes are stored, or a little more.
         let codes = self.codes.as_ptr().wrapping_add(self.at[0]);
-        let codes = codes.wrapping_add(AHEAD * vectors * VECTOR / 2);
-        for line in 0..vectors / 2 + 1 {
+        let codes = codes.wrapping_add(AHEAD * vectors_of(bits) * VECTOR / 2);
+        for line in 0..vectors_of(bits) / 2 + 1 {
             prefetch(codes.wrapping_add(line * VECTOR));
         }
     }
 
-    /// What the next step can take of a stream: 64 bytes for each of its `vectors` quads, and of two of four half of
-    /// that for all of them. Opening an artifact checks the offsets but reads no mask, so that masks that name more
+    /// What the next step can take of a stream: 64 bytes for each of its dense vectors, and of two of four half of
+    /// that. Opening an artifact checks the offsets but reads no mask, so that masks that name more
     /// codes than there are lead to the end of the codes: wrong numbers, but no read outside.
     #[inline(always)]
-    pub(super) fn window(&mut self, stream: usize, vectors: usize) -> &'a [u8] {
+    pub(super) fn window(&mut self, stream: usize, bits: u8) -> &'a [u8] {
         let len = match self.masks {
-            Masks::Bitmask(_) => VECTOR * vectors,
-            Masks::TwoOfFour(_) => VECTOR / 2 * vectors,
+            Masks::Bitmask(_) => VECTOR * vectors_of(bits),
+            Masks::TwoOfFour(_) => VECTOR / 2 * vectors_of(bits),
         };
         let at = self.at[stream].min(self.codes.len() - len);
         self.at[stream] = at;

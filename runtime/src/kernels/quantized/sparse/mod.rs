@@ -114,15 +114,37 @@ fn one_zero_per_step(w: &QuantizedView) -> bool {
     w.scheme.symmetric || w.scheme.group_size.is_none_or(|g| g.is_multiple_of(STEP))
 }
 
-/// The codes of zero of a panel's rows in the columns of a step.
+/// The codes of zero of a panel's rows.
 #[cfg(target_arch = "x86_64")]
-fn zero_codes(w: &QuantizedView, panel: usize, step: usize) -> [u8; TILE_ROWS] {
-    // Columns beyond the last belong to the last group.
-    let group = w.scheme.group_of((step * STEP).min(w.cols - 1));
-    let at = panel * w.scheme.groups(w.cols) + group;
-    let (stored, _) = w.zero_points.as_chunks();
-    match w.scheme.symmetric {
-        true => [w.scheme.mid(); TILE_ROWS],
-        false => stored[at],
+struct Zeros<'a> {
+    mid: [u8; TILE_ROWS],
+    /// One for each weight group, if the scheme is asymmetric.
+    stored: &'a [[u8; TILE_ROWS]],
+    /// Columns of a weight group.
+    width: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> Zeros<'a> {
+    fn new(w: &QuantizedView<'a>, panel: usize) -> Self {
+        let groups = w.scheme.groups(w.cols);
+        let (stored, _) = w.zero_points.as_chunks();
+        Self {
+            mid: [w.scheme.mid(); TILE_ROWS],
+            stored: match w.scheme.symmetric {
+                true => &[],
+                false => &stored[panel * groups..][..groups],
+            },
+            width: w.scheme.group_size.unwrap_or(w.cols),
+        }
+    }
+
+    /// In a column, and right of the matrix in its last group.
+    #[inline(always)]
+    fn at(&self, col: usize) -> &[u8; TILE_ROWS] {
+        match self.stored.last() {
+            None => &self.mid,
+            Some(last) => self.stored.get(col / self.width).unwrap_or(last),
+        }
     }
 }

@@ -158,7 +158,7 @@ proptest! {
     #[test]
     fn every_level_gives_the_bits_of_the_dense_product(
         scheme in schemes(), rows in 1usize..120, cols in 1usize..400,
-        pattern in patterns(), tokens in 1usize..=9, seed: u64
+        pattern in patterns(), tokens in 1usize..=10, seed: u64
     ) {
         let m = sparse_matrix(scheme, rows, cols, pattern, seed);
         for encoding in [Encoding::Bitmask, Encoding::TwoOfFour] {
