@@ -7,6 +7,8 @@
 //! borrowed work need it.
 #![allow(unsafe_code)]
 
+pub mod gemm;
+pub mod gram;
 mod isa;
 
-pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
+pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel, Vectorized};
