@@ -18,6 +18,7 @@ mod patterns;
 mod recipe;
 mod refine;
 mod rtn;
+mod sweep;
 
 pub use awq::{
     divide_rows, divide_vector, gqa_mean, gqa_producer_scales, quadratic_loss, rounded,

@@ -1,14 +1,15 @@
 //! Cholesky factorization in place, in f64, the same for every number of threads.
 
-use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{BlockStructure, matmul as matmul_triangular};
-use faer::{Accum, MatMut, MatRef, Par};
+use qbin_runtime::kernels::Isa;
+use qbin_runtime::kernels::gemm::{Store, View, product};
 use rayon::prelude::*;
 
 /// Columns eliminated at once.
-const STRIP: usize = 128;
+const STRIP: usize = 256;
 /// Rows or columns per task of the updates.
 const TASK: usize = 256;
+/// Side of the squares on the diagonal of which only one half is updated.
+const SQUARE: usize = 32;
 
 /// A pivot of the Cholesky factorization that is not positive beyond rounding: the matrix is singular or
 /// indefinite.
@@ -31,6 +32,7 @@ pub(crate) struct NonPositivePivot {
 /// the lower triangle is then half done.
 pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositivePivot> {
     assert_eq!(a.len(), n * n, "a is not [n, n]");
+    let isa = Isa::detect();
     let noise: Vec<f64> = (0..n)
         .map(|i| a[i * n + i] * n as f64 * f64::EPSILON)
         .collect();
@@ -44,46 +46,63 @@ pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositi
             break;
         }
         let inverse = invert_tile(strip, n, start, width);
-        solve_below(strip, n, end, width, &inverse);
-        let strip = MatRef::from_column_major_slice_with_stride(strip, n, width, n);
+        let solved = solve_below(isa, strip, n, end, width, &inverse);
+        let below = View::row_major(&solved, n - end, width);
         right
             .par_chunks_mut(TASK * n)
             .enumerate()
-            .for_each(|(task, columns)| {
-                let first = end + task * TASK;
-                let count = columns.len() / n;
-                let columns = MatMut::from_column_major_slice_mut(columns, n, count);
-                subtract_outer(columns, strip, first, count);
-            });
+            .for_each(|(task, columns)| subtract_outer(isa, columns, n, end, below, task * TASK));
     }
     Ok(())
 }
 
-/// `C[first.., first..first+count] −= S[first..]·S[first..first+count]ᵀ`, lower triangle only.
-fn subtract_outer(columns: MatMut<'_, f64>, strip: MatRef<'_, f64>, first: usize, count: usize) {
-    let (_, below) = columns.split_at_row_mut(first);
-    let (square, rest) = below.split_at_row_mut(count);
-    let pivot_rows = strip.subrows(first, count);
-    matmul_triangular(
-        square,
-        BlockStructure::TriangularLower,
-        Accum::Add,
-        pivot_rows,
-        BlockStructure::Rectangular,
-        pivot_rows.transpose(),
-        BlockStructure::Rectangular,
-        -1.0,
-        Par::Seq,
-    );
-    if rest.nrows() > 0 {
-        let other_rows = strip.subrows(first + count, rest.nrows());
-        matmul(
-            rest,
-            Accum::Add,
-            other_rows,
-            pivot_rows.transpose(),
-            -1.0,
-            Par::Seq,
+/// `C −= S·S[first..]ᵀ` for some columns of height `n`, rows at and below the diagonal only; `strip` is `S`, whose
+/// first row belongs to row `end` of `C`.
+fn subtract_outer(
+    isa: Isa,
+    columns: &mut [f64],
+    n: usize,
+    end: usize,
+    strip: View<'_, f64>,
+    first: usize,
+) {
+    let count = columns.len() / n;
+    for (i, columns) in columns.chunks_mut(SQUARE * n).enumerate() {
+        let (top, side) = (first + i * SQUARE, columns.len() / n);
+        let pivots = strip.subrows(top, side);
+        let mut square = [0f64; SQUARE * SQUARE];
+        product(
+            isa,
+            &mut square,
+            SQUARE,
+            Store::Replace,
+            pivots,
+            pivots.transpose(),
+        );
+        for (j, (column, products)) in columns.chunks_mut(n).zip(square.chunks(SQUARE)).enumerate()
+        {
+            let column = &mut column[end + top..][j..side];
+            column
+                .iter_mut()
+                .zip(&products[j..])
+                .for_each(|(c, p)| *c -= p);
+        }
+        // The rest of these columns as far as the task's own square of rows reaches.
+        let rest = strip.subrows(top + side, first + count - top - side);
+        let out = &mut columns[end + top + side..];
+        product(isa, out, n, Store::Subtract, pivots, rest.transpose());
+    }
+    let below = first + count;
+    if below < strip.rows() {
+        let rest = strip.subrows(below, strip.rows() - below);
+        let pivots = strip.subrows(first, count);
+        product(
+            isa,
+            &mut columns[end + below..],
+            n,
+            Store::Subtract,
+            pivots,
+            rest.transpose(),
         );
     }
 }
@@ -137,33 +156,39 @@ fn invert_tile(strip: &[f64], n: usize, start: usize, width: usize) -> Vec<f64> 
     inverse
 }
 
-/// Replaces the rows from `end` on of the strip by their product with the transposed `inverse`.
-fn solve_below(strip: &mut [f64], n: usize, end: usize, width: usize, inverse: &[f64]) {
-    let inverse = MatRef::from_column_major_slice(inverse, width, width);
-    let rows = n - end;
-    let view = MatRef::from_column_major_slice_with_stride(&*strip, n, width, n);
-    let solved: Vec<Vec<f64>> = (0..rows.div_ceil(TASK))
-        .into_par_iter()
-        .map(|task| {
-            let first = end + task * TASK;
-            let count = TASK.min(n - first);
-            let mut out = vec![0f64; count * width];
-            matmul(
-                MatMut::from_column_major_slice_mut(&mut out, count, width),
-                Accum::Replace,
-                view.subrows(first, count),
-                inverse.transpose(),
-                1.0,
-                Par::Seq,
-            );
-            out
-        })
-        .collect();
-    for (j, column) in strip.chunks_mut(n).enumerate() {
-        for (target, solved) in column[end..].chunks_mut(TASK).zip(&solved) {
-            target.copy_from_slice(&solved[j * target.len()..][..target.len()]);
+/// Replaces the rows from `end` on of the strip by their product with the transposed `inverse`; also returns them,
+/// `[rows, width]` row major.
+fn solve_below(
+    isa: Isa,
+    strip: &mut [f64],
+    n: usize,
+    end: usize,
+    width: usize,
+    inverse: &[f64],
+) -> Vec<f64> {
+    let inverse = View::col_major(inverse, width, width);
+    let mut solved = vec![0f64; (n - end) * width];
+    let source = &*strip;
+    solved
+        .par_chunks_mut(TASK * width)
+        .enumerate()
+        .for_each(|(task, out)| {
+            let (first, count) = (end + task * TASK, out.len() / width);
+            let mut rows = vec![0f64; out.len()];
+            for (j, column) in source.chunks(n).enumerate() {
+                for (row, &value) in rows.chunks_mut(width).zip(&column[first..first + count]) {
+                    row[j] = value;
+                }
+            }
+            let rows = View::row_major(&rows, count, width);
+            product(isa, out, width, Store::Replace, rows, inverse.transpose());
+        });
+    strip.par_chunks_mut(n).enumerate().for_each(|(j, column)| {
+        for (value, solved) in column[end..].iter_mut().zip(solved.chunks(width)) {
+            *value = solved[j];
         }
-    }
+    });
+    solved
 }
 
 #[cfg(test)]

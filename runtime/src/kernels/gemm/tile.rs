@@ -13,7 +13,7 @@ pub(super) const ROWS: usize = 8;
 pub(super) const COLS: usize = 32;
 
 /// The sums of a tile.
-pub type Tile<T> = [[T; COLS]; ROWS];
+pub(super) type Tile<T> = [[T; COLS]; ROWS];
 
 /// What matrices are made of: `f32` or `f64`.
 pub trait Element: Copy + Default + Send + Sync + AddAssign + SubAssign {
