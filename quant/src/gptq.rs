@@ -156,8 +156,8 @@ impl Factor {
             .into_par_iter()
             .map(|(mut out, weight)| {
                 let mut tally = Sweep::new(self, grid, &importance, weight, &mut out).run();
-                if let Some(curvature) = &self.curvature {
-                    let gain = refine(curvature, grid, weight, &mut out, self.refine_sweeps);
+                if self.refine_sweeps > 0 {
+                    let gain = refine(&self.curvature, grid, weight, &mut out, self.refine_sweeps);
                     tally.loss -= gain.loss;
                     tally.error = gain.error;
                 }
@@ -168,7 +168,12 @@ impl Factor {
         let mut total = Tally::default();
         tallies.iter().for_each(|tally| total.add(tally));
         report.clipped = total.clipped;
-        report.relative_error = total.relative_error(self.damp);
+        // The damping is taken out of both sides again.
+        let (signal, norm) = self.curvature.signal(weight);
+        let signal = signal - self.damp * norm;
+        if signal > 0.0 {
+            report.relative_error = (total.loss - self.damp * total.error).max(0.0) / signal;
+        }
         Ok(Gptq {
             quantized: out.finish(),
             report,

@@ -135,8 +135,7 @@ impl Grid {
         weights: &[f32],
         importance: Option<&[f32]>,
     ) -> GroupParams {
-        let low = weights.iter().fold(0f32, |m, &w| m.min(w));
-        let high = weights.iter().fold(0f32, |m, &w| m.max(w));
+        let (low, high) = isa.run(Extremes(weights));
         let plain = self.range_params(low, high);
         if self.search == ScaleSearch::None || (low == 0.0 && high == 0.0) {
             return plain;
@@ -258,38 +257,64 @@ impl Vectorized for Errors<'_> {
 
     #[inline(always)]
     fn run(self) -> [f32; 3] {
-        sums(self.weights, self.importance, |w, h| {
-            let n = self.rounder.steps(w);
-            let e = w - self.rounder.value(n);
-            [h * e * e, h * e * n, h * n * n]
-        })
+        let (mut ee, mut en, mut nn) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+        let (weights, w_rest) = self.weights.as_chunks::<LANES>();
+        let (importance, h_rest) = self.importance.as_chunks::<LANES>();
+        let mut add = |w: &[f32; LANES], h: &[f32; LANES]| {
+            for lane in 0..LANES {
+                let n = self.rounder.steps(w[lane]);
+                let e = w[lane] - self.rounder.value(n);
+                let he = h[lane] * e;
+                ee[lane] = he.mul_add(e, ee[lane]);
+                en[lane] = he.mul_add(n, en[lane]);
+                nn[lane] = (h[lane] * n).mul_add(n, nn[lane]);
+            }
+        };
+        for (w, h) in weights.iter().zip(importance) {
+            add(w, h);
+        }
+        if !w_rest.is_empty() {
+            // Weights of no importance leave the sums as they are.
+            let padded =
+                |rest: &[f32]| std::array::from_fn(|i| rest.get(i).copied().unwrap_or(0.0));
+            add(&padded(w_rest), &padded(h_rest));
+        }
+        [ee, en, nn].map(total)
     }
 }
 
-/// Sums `term` over pairs, in `LANES` interleaved accumulators so that it runs on vectors.
+/// The sum of the lanes, the upper half to the lower until one is left.
 #[inline(always)]
-fn sums<const N: usize>(
-    weights: &[f32],
-    importance: &[f32],
-    term: impl Fn(f32, f32) -> [f32; N],
-) -> [f32; N] {
-    let mut lanes = [[0f32; LANES]; N];
-    let (w_chunks, w_tail) = weights.as_chunks::<LANES>();
-    let (h_chunks, h_tail) = importance.as_chunks::<LANES>();
-    for (w, h) in w_chunks.iter().zip(h_chunks) {
-        for lane in 0..LANES {
-            let terms = term(w[lane], h[lane]);
-            for (sum, term) in lanes.iter_mut().zip(terms) {
-                sum[lane] += term;
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The least and the largest of some weights and zero.
+struct Extremes<'a>(&'a [f32]);
+
+impl Vectorized for Extremes<'_> {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn run(self) -> (f32, f32) {
+        let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+        let (chunks, rest) = self.0.as_chunks::<LANES>();
+        for chunk in chunks.iter().map(|chunk| &chunk[..]).chain([rest]) {
+            for ((low, high), &w) in low.iter_mut().zip(&mut high).zip(chunk) {
+                *low = low.min(w);
+                *high = high.max(w);
             }
         }
+        let least = low.iter().fold(0f32, |m, &w| m.min(w));
+        (least, high.iter().fold(0f32, |m, &w| m.max(w)))
     }
-    for (lane, (&w, &h)) in w_tail.iter().zip(h_tail).enumerate() {
-        for (sum, term) in lanes.iter_mut().zip(term(w, h)) {
-            sum[lane] += term;
-        }
-    }
-    lanes.map(|lanes| lanes.iter().sum())
 }
 
 /// The search of [`ScaleSearch::Weighted`] over one group.

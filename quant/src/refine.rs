@@ -8,10 +8,14 @@
 use std::ops::Range;
 
 use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gram::Slab;
 use qbin_runtime::kernels::{Isa, Vectorized};
 
 use crate::grid::{Grid, GroupParams, Rounder, storable};
 use crate::rtn::Panel;
+
+/// Rows of a weight that share a column's rounding step.
+const SLAB_ROWS: usize = 2048;
 
 /// The damped Hessian, `[n, n]`, columns as in the file, zeros for dead columns.
 #[derive(Clone, Debug)]
@@ -27,6 +31,29 @@ impl Curvature {
             n,
             values: hessian.iter().map(|&value| value as f32).collect(),
         }
+    }
+
+    /// Leaves nothing but the diagonal.
+    pub(crate) fn keep_diagonal(&mut self) {
+        for (row, values) in self.values.chunks_mut(self.n).enumerate() {
+            values[..row].fill(0.0);
+            values[row + 1..].fill(0.0);
+        }
+    }
+
+    /// `W·H·Wᵀ` summed over the rows of `weight` (`[rows, n]`), and `‖W‖²` of the live columns. Weights beside the
+    /// diagonal are rounded to int8 column by column, which is seen in the fourth digit.
+    pub(crate) fn signal(&self, weight: &[f32]) -> (f64, f64) {
+        let isa = Isa::detect();
+        let (mut signal, mut norm) = (0.0, 0.0);
+        for weight in weight.chunks(SLAB_ROWS * self.n) {
+            let slab = Slab::new(isa, weight, self.n);
+            signal += slab.quadratic(isa, &self.values);
+            let columns = slab.square_sums().iter().enumerate();
+            let live = columns.filter(|&(col, _)| self.live(col));
+            norm += live.map(|(_, square)| square).sum::<f64>();
+        }
+        (signal, norm)
     }
 
     pub(crate) fn damp(&mut self, damp: f64) {

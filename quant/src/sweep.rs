@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gemm::{Store, View, product, transpose};
 use qbin_runtime::kernels::{Isa, Vectorized};
 
 use crate::factor::{Block, Factor};
-use crate::grid::{Grid, GroupParams, Rounder};
+use crate::grid::{Grid, Rounder};
 use crate::rtn::Panel;
 
 /// Accumulators of a sum over rows; fixed, because the order of additions is part of the result.
@@ -19,10 +19,7 @@ pub(crate) struct Tally {
     pub(crate) loss: f64,
     /// `‖W − Q‖²` of live columns.
     pub(crate) error: f64,
-    /// `W·H·Wᵀ` under the damped Hessian.
-    signal: f64,
-    /// `‖W‖²` of live columns.
-    weight: f64,
+    /// Weights whose corrected value lay beyond the grid.
     pub(crate) clipped: u64,
 }
 
@@ -30,193 +27,131 @@ impl Tally {
     pub(crate) fn add(&mut self, other: &Self) {
         self.loss += other.loss;
         self.error += other.error;
-        self.signal += other.signal;
-        self.weight += other.weight;
         self.clipped += other.clipped;
-    }
-
-    /// Takes the damping out of both sides again.
-    pub(crate) fn relative_error(&self, damp: f64) -> f64 {
-        let signal = self.signal - damp * self.weight;
-        if signal > 0.0 {
-            (self.loss - damp * self.error).max(0.0) / signal
-        } else {
-            0.0
-        }
     }
 }
 
-/// One panel of rows on its way through the blocks. Matrices are column major, so that a column of the
-/// panel is contiguous and the inner loop runs over rows.
+/// One panel of rows on its way through the blocks. Matrices have one row per column of the weight, so that the inner
+/// loops run over the panel's rows.
 pub(crate) struct Sweep<'a, 'b> {
     isa: Isa,
     factor: &'a Factor,
     grid: &'a Grid,
     /// Weight of each place of the sweep in the scale search.
     importance: &'a [f32],
-    rows: usize,
-    /// `[2·rows, n]` in sweep order: the errors `W − Q` of finished columns above the weights, stacked so
-    /// that the feedback and the signal's norm cost one product.
-    stacked: Vec<f32>,
+    /// `[rows, n]`, columns as in the file.
+    weight: View<'a, f32>,
+    /// The errors `W − Q` of finished columns, `[n, rows]` in sweep order.
+    errors: Vec<f32>,
     out: &'a mut Panel<'b>,
     tally: Tally,
 }
 
 impl<'a, 'b> Sweep<'a, 'b> {
+    /// A sweep over the rows `weight` (`[rows, n]`).
     pub(crate) fn new(
         factor: &'a Factor,
         grid: &'a Grid,
         importance: &'a [f32],
-        weight: &[f32],
+        weight: &'a [f32],
         out: &'a mut Panel<'b>,
     ) -> Self {
-        let n = factor.n();
-        let rows = weight.len() / n;
-        let mut stacked = vec![0f32; 2 * rows * n];
-        for (column, &col) in stacked.chunks_mut(2 * rows).zip(&factor.order) {
-            for (row, value) in column[rows..].iter_mut().enumerate() {
-                *value = weight[row * n + col];
-            }
-        }
         Self {
             isa: Isa::detect(),
             factor,
             grid,
             importance,
-            rows,
-            stacked,
+            weight: View::row_major(weight, weight.len() / factor.n(), factor.n()),
+            errors: vec![0f32; weight.len()],
             out,
             tally: Tally::default(),
         }
     }
 
     pub(crate) fn run(mut self) -> Tally {
-        let factor = self.factor;
-        for block in &factor.blocks {
-            let mut current = self.enter(block);
-            let mut codes = vec![0u8; current.len()];
+        let rows = self.weight.rows();
+        for block in &self.factor.blocks {
+            let weights = self.gather(block);
+            let mut current = self.enter(block, weights.clone());
             for (group, places) in &block.groups {
                 let start = block.places.start;
                 let inside = places.start - start..places.end - start;
-                let rounders = self.group(*group, places.start, &inside, &current);
-                let stacked = &mut self.stacked[block.places.start * 2 * self.rows..];
+                let rounders = self.group(*group, places, &current[rows * inside.start..]);
+                let mut codes = vec![0u8; inside.len() * rows];
                 self.isa.run(Columns {
-                    factor,
+                    factor: self.factor,
                     block,
                     inside,
-                    rows: self.rows,
                     rounders: &rounders,
-                    stacked,
+                    weights: &weights,
+                    errors: &mut self.errors[start * rows..],
                     current: &mut current,
                     codes: &mut codes,
                     tally: &mut self.tally,
                 });
-            }
-            for (column, place) in codes.chunks(self.rows).zip(block.places.clone()) {
-                let col = factor.order[place];
-                for (codes, &code) in self.out.codes.chunks_mut(factor.n()).zip(column) {
-                    codes[col] = code;
+                let order = &self.factor.order[places.clone()];
+                let rows_out = self.out.codes.chunks_mut(self.factor.n());
+                for (row, out) in rows_out.enumerate() {
+                    for (column, &col) in codes.chunks(rows).zip(order) {
+                        out[col] = column[row];
+                    }
                 }
             }
         }
         self.tally
     }
 
-    /// The corrected weights of a block, `[rows, width]`, as they stand before its first column is rounded.
-    fn enter(&mut self, block: &Block) -> Vec<f32> {
-        let (rows, start, width) = (self.rows, block.places.start, block.places.len());
-        // Row major with rows and columns swapped: `[width, 2·rows]`.
-        let mut feedback = vec![0f32; 2 * rows * width];
-        let (done, rest) = self.stacked.split_at(2 * rows * start);
-        let done = View::row_major(done, start, 2 * rows);
+    /// The weights of a block, `[width, rows]` in sweep order.
+    fn gather(&self, block: &Block) -> Vec<f32> {
+        let rows = self.weight.rows();
+        let mut weights = Vec::with_capacity(block.places.len() * rows);
+        for (group, places) in &block.groups {
+            // The group's columns lie side by side in the file, in another order.
+            let columns = self.grid.columns(*group, self.factor.n());
+            let mut group = vec![0f32; columns.len() * rows];
+            let source = self.weight.subcols(columns.start, columns.len());
+            transpose(self.isa, source, &mut group);
+            for &col in &self.factor.order[places.clone()] {
+                weights.extend_from_slice(&group[(col - columns.start) * rows..][..rows]);
+            }
+        }
+        weights
+    }
+
+    /// Corrects the weights of a block, `[width, rows]`, to what they are before its first column is rounded.
+    fn enter(&self, block: &Block, mut current: Vec<f32>) -> Vec<f32> {
+        let (rows, start, width) = (self.weight.rows(), block.places.start, block.places.len());
+        let mut feedback = vec![0f32; rows * width];
+        let errors = View::row_major(&self.errors[..rows * start], start, rows);
         let before = View::row_major(&block.before, width, start);
         product(
             self.isa,
             &mut feedback,
-            2 * rows,
+            rows,
             Store::Replace,
             before,
-            done,
+            errors,
         );
-
-        let stacked = &rest[..2 * rows * width];
-        let weight = View::row_major(stacked, width, 2 * rows).subcols(rows, rows);
-        let inside = View::row_major(&block.inside, width, width);
-        let signal = &mut feedback[rows..];
-        product(self.isa, signal, 2 * rows, Store::Add, inside, weight);
-        self.isa.run(Signal {
-            factor: self.factor,
-            places: block.places.clone(),
-            rows,
-            feedback: &feedback,
-            stacked,
-            tally: &mut self.tally,
-        });
-
-        let mut current: Vec<f32> = Vec::with_capacity(rows * width);
-        stacked
-            .chunks(2 * rows)
-            .for_each(|column| current.extend_from_slice(&column[rows..]));
         let inverse = View::row_major(&block.inverse, width, width).transpose();
-        let feedback = View::row_major(&feedback, width, 2 * rows).subcols(0, rows);
+        let feedback = View::row_major(&feedback, width, rows);
         product(self.isa, &mut current, rows, Store::Add, inverse, feedback);
         current
     }
 
-    /// Chooses and stores every row's parameters of a group, the columns `inside` of `current`.
-    fn group(
-        &mut self,
-        group: usize,
-        place: usize,
-        inside: &Range<usize>,
-        current: &[f32],
-    ) -> Vec<Rounder> {
-        let rows = self.rows;
+    /// Chooses and stores every row's parameters of a group, whose columns `current` begins with.
+    fn group(&mut self, group: usize, places: &Range<usize>, current: &[f32]) -> Vec<Rounder> {
+        let (rows, len) = (self.weight.rows(), places.len());
         let groups = self.out.scales.len() / rows;
-        let importance = &self.importance[place..][..inside.len()];
-        let current = &current[rows * inside.start..];
-        let mut weights = vec![0f32; inside.len()];
-        let mut choose = |row: usize| -> GroupParams {
-            for (weight, column) in weights.iter_mut().zip(current.chunks(rows)) {
-                *weight = column[row];
-            }
-            self.grid.params_at(self.isa, &weights, Some(importance))
+        let importance = &self.importance[places.clone()];
+        let mut weights = vec![0f32; rows * len];
+        let columns = View::row_major(&current[..rows * len], len, rows);
+        transpose(self.isa, columns, &mut weights);
+        let mut choose = |(row, weights): (usize, &[f32])| {
+            let params = self.grid.params_at(self.isa, weights, Some(importance));
+            self.out.set(row * groups + group, params);
+            self.grid.rounder(params)
         };
-        (0..rows)
-            .map(|row| {
-                let params = choose(row);
-                self.out.set(row * groups + group, params);
-                self.grid.rounder(params)
-            })
-            .collect()
-    }
-}
-
-/// `W·H·Wᵀ` of a block's columns.
-struct Signal<'a> {
-    factor: &'a Factor,
-    places: Range<usize>,
-    rows: usize,
-    /// `[width, 2·rows]`, `W·(I + U)` in the second half.
-    feedback: &'a [f32],
-    stacked: &'a [f32],
-    tally: &'a mut Tally,
-}
-
-impl Vectorized for Signal<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let columns = self.feedback.chunks(2 * self.rows);
-        let weights = self.stacked.chunks(2 * self.rows);
-        for ((place, signal), weight) in self.places.zip(columns).zip(weights) {
-            if !self.factor.dead[place] {
-                let root = f64::from(self.factor.root[place]);
-                self.tally.signal += squares(&signal[self.rows..]) * (root * root);
-                self.tally.weight += squares(&weight[self.rows..]);
-            }
-        }
+        weights.chunks(len).enumerate().map(&mut choose).collect()
     }
 }
 
@@ -241,13 +176,15 @@ struct Columns<'a> {
     factor: &'a Factor,
     block: &'a Block,
     inside: Range<usize>,
-    rows: usize,
+    /// Of every row.
     rounders: &'a [Rounder],
-    /// From the block on.
-    stacked: &'a mut [f32],
-    /// `[rows, width]`.
+    /// `[width, rows]`.
+    weights: &'a [f32],
+    /// `[width, rows]`, and what comes after the block.
+    errors: &'a mut [f32],
+    /// `[width, rows]`.
     current: &'a mut [f32],
-    /// `[rows, width]`.
+    /// `[inside, rows]`.
     codes: &'a mut [u8],
     tally: &'a mut Tally,
 }
@@ -257,14 +194,14 @@ impl Vectorized for Columns<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let (rows, width) = (self.rows, self.block.places.len());
-        for j in self.inside {
+        let (rows, width) = (self.rounders.len(), self.block.places.len());
+        for (j, codes) in self.inside.zip(self.codes.chunks_mut(rows)) {
             let place = self.block.places.start + j;
             let (column, later) = self.current[j * rows..].split_at_mut(rows);
-            let (errors, weights) = self.stacked[j * 2 * rows..][..2 * rows].split_at_mut(rows);
-            let codes = &mut self.codes[j * rows..][..rows];
+            let errors = &mut self.errors[j * rows..][..rows];
+            let weights = &self.weights[j * rows..][..rows];
             let mut clipped = 0;
-            let cells = column.iter_mut().zip(errors.iter_mut().zip(&*weights));
+            let cells = column.iter_mut().zip(errors.iter_mut().zip(weights));
             for ((rounder, code), (target, (error, &weight))) in
                 self.rounders.iter().zip(codes).zip(cells)
             {

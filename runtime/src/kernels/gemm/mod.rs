@@ -6,12 +6,14 @@
 
 mod pack;
 mod tile;
+mod transpose;
 mod view;
 
 use super::Isa;
 use tile::{COLS, ROWS, Tile};
 
 pub use tile::Element;
+pub use transpose::transpose;
 pub use view::View;
 
 /// Terms of one chain.

@@ -181,3 +181,18 @@ fn products_are_added_and_subtracted() {
     );
     assert_eq!(out, [0.0; 4]);
 }
+
+#[test]
+fn transposes_are_those_of_the_definition() {
+    for (rows, cols) in [(1, 1), (8, 8), (7, 20), (33, 41), (16, 3)] {
+        let x = values(rows * (cols + 5), 9);
+        let part = View::row_major(&x, rows, cols + 5).subcols(2, cols);
+        for isa in Isa::available() {
+            let mut out = vec![f32::NAN; rows * cols];
+            transpose(isa, part, &mut out);
+            for (at, &value) in out.iter().enumerate() {
+                assert_eq!(value, x[at % rows * (cols + 5) + 2 + at / rows]);
+            }
+        }
+    }
+}

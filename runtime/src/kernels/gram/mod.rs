@@ -33,6 +33,7 @@ pub struct Slab {
     /// `Σ codes` per feature.
     sums: Vec<i32>,
     abs_sums: Vec<f64>,
+    square_sums: Vec<f64>,
 }
 
 impl Slab {
@@ -56,6 +57,7 @@ impl Slab {
             scales: vec![0.0; padded],
             sums: vec![0; padded],
             abs_sums: vec![0.0; padded],
+            square_sums: vec![0.0; padded],
         };
         if tokens == 0 {
             return slab;
@@ -65,10 +67,11 @@ impl Slab {
             slab.scales.par_chunks_mut(WIDTH),
             slab.sums.par_chunks_mut(WIDTH),
             slab.abs_sums.par_chunks_mut(WIDTH),
+            slab.square_sums.par_chunks_mut(WIDTH),
         )
             .into_par_iter()
             .enumerate()
-            .for_each(|(panel, (words, scales, sums, abs_sums))| {
+            .for_each(|(panel, (words, scales, sums, abs_sums, square_sums))| {
                 isa.run(PanelRounding {
                     x,
                     features,
@@ -77,6 +80,7 @@ impl Slab {
                     scales,
                     sums,
                     abs_sums,
+                    square_sums,
                 });
             });
         slab
@@ -85,6 +89,11 @@ impl Slab {
     /// `Σ |x|` over the tokens, `[features]`, before rounding.
     pub fn abs_sums(&self) -> &[f64] {
         &self.abs_sums[..self.features]
+    }
+
+    /// `Σ x²` over the tokens, `[features]`, before rounding.
+    pub fn square_sums(&self) -> &[f64] {
+        &self.square_sums[..self.features]
     }
 
     /// Adds `Σ x·xᵀ` to `second` (`[features, features]`, row major), columns at and before each row's own only.
@@ -127,6 +136,46 @@ impl Slab {
         }
     }
 
+    /// `Σ x·M·xᵀ` over the tokens for a symmetric `m` (`[features, features]`). The squares on the diagonal of `Σ xᵀ·x`
+    /// are taken from the inputs as they were, so that rounding, which is about independent from feature to feature,
+    /// adds nothing in the mean.
+    ///
+    /// # Panics
+    /// If `m` has another shape.
+    pub fn quadratic(&self, isa: Isa, m: &[f32]) -> f64 {
+        let n = self.features;
+        assert_eq!(m.len(), n * n, "m is not [features, features]");
+        if self.words.is_empty() {
+            return 0.0;
+        }
+        let diagonal = m.iter().step_by(n + 1).zip(&self.square_sums);
+        let squares: f64 = diagonal.map(|(&m, square)| f64::from(m) * square).sum();
+        let parts: Vec<f64> = m
+            .par_chunks(WIDTH * n)
+            .enumerate()
+            .map(|(left, rows)| self.quadratic_rows(isa, left, rows))
+            .collect();
+        // In the order of the panels, so that the sum is the same for every number of threads.
+        squares + 2.0 * parts.iter().sum::<f64>()
+    }
+
+    /// The part of panel `left` with the features before each of its own; `rows` are those of `m`.
+    fn quadratic_rows(&self, isa: Isa, left: usize, rows: &[f32]) -> f64 {
+        let mut sums: Sums = [[0; WIDTH]; WIDTH];
+        let mut total = 0.0;
+        for right in 0..=left {
+            tile::products(isa, self.panel(left), self.panel(right), &mut sums);
+            total += isa.run(Weighted {
+                slab: self,
+                left,
+                right,
+                sums: &sums,
+                rows,
+            });
+        }
+        total
+    }
+
     fn panel(&self, panel: usize) -> &[u32] {
         &self.words[panel * self.panel_len..][..self.panel_len]
     }
@@ -166,6 +215,39 @@ impl Vectorized for AddTiles<'_> {
                 }
             }
         }
+    }
+}
+
+/// The products of panels `left` × `right`, weighted with the rows of a matrix, below the diagonal only.
+struct Weighted<'a> {
+    slab: &'a Slab,
+    left: usize,
+    right: usize,
+    sums: &'a Sums,
+    /// `[rows of the panel, features]`.
+    rows: &'a [f32],
+}
+
+impl Vectorized for Weighted<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let slab = self.slab;
+        let start = self.right * WIDTH;
+        let mut totals = [0f64; WIDTH];
+        for (at, (row, sums)) in self.rows.chunks(slab.features).zip(self.sums).enumerate() {
+            let feature = self.left * WIDTH + at;
+            let end = (start + WIDTH).min(feature);
+            let scale = f64::from(slab.scales[feature]);
+            let others = slab.scales[start..end].iter().zip(&slab.sums[start..end]);
+            let terms = row[start..end].iter().zip(sums).zip(others);
+            for (total, ((&m, &sum), (&other, &codes))) in totals.iter_mut().zip(terms) {
+                let product = scale * f64::from(other) * f64::from(sum - 128 * codes);
+                *total += f64::from(m) * product;
+            }
+        }
+        totals.iter().sum()
     }
 }
 

@@ -22,6 +22,7 @@ pub(super) struct PanelRounding<'a> {
     pub(super) scales: &'a mut [f32],
     pub(super) sums: &'a mut [i32],
     pub(super) abs_sums: &'a mut [f64],
+    pub(super) square_sums: &'a mut [f64],
 }
 
 impl Vectorized for PanelRounding<'_> {
@@ -38,19 +39,21 @@ impl Vectorized for PanelRounding<'_> {
             }
         };
         let mut largest = [0f32; WIDTH];
-        let mut abs_sums = [0f64; WIDTH];
+        let (mut abs_sums, mut square_sums) = ([0f64; WIDTH], [0f64; WIDTH]);
         for row in self.x.chunks_exact(self.features) {
-            for ((largest, sum), x) in largest.iter_mut().zip(&mut abs_sums).zip(token(row)) {
+            let sums = abs_sums.iter_mut().zip(&mut square_sums);
+            for ((largest, (abs_sum, square_sum)), x) in
+                largest.iter_mut().zip(sums).zip(token(row))
+            {
                 *largest = largest.max(x.abs());
-                *sum += f64::from(x.abs());
+                *abs_sum += f64::from(x.abs());
+                *square_sum = f64::from(x).mul_add(f64::from(x), *square_sum);
             }
         }
+        // Of zeros, and of values too small to matter in any sum, the code is zero.
         let inverse = largest.map(|largest| {
-            if largest > 0.0 {
-                LARGEST / largest
-            } else {
-                0.0
-            }
+            let inverse = LARGEST / largest;
+            if inverse.is_finite() { inverse } else { 0.0 }
         });
         let mut sums = [0i32; WIDTH];
         for (rows, words) in self
@@ -74,6 +77,7 @@ impl Vectorized for PanelRounding<'_> {
         }
         self.sums.copy_from_slice(&sums);
         self.abs_sums.copy_from_slice(&abs_sums);
+        self.square_sums.copy_from_slice(&square_sums);
         for (scale, largest) in self.scales.iter_mut().zip(largest) {
             *scale = largest / LARGEST;
         }

@@ -117,3 +117,47 @@ fn slabs_add_up() {
     assert_eq!(Slab::new(isa, &x, features).abs_sums()[0], exact);
     assert_eq!(moments(isa, &[], features), vec![0.0; features * features]);
 }
+
+#[test]
+fn quadratic_forms_agree_with_the_definition_at_every_level() {
+    for (tokens, features) in [(1, 1), (50, 33), (400, 100)] {
+        let x = inputs(tokens, features);
+        let m: Vec<f32> = (0..features * features)
+            .map(|at| {
+                let (row, col) = (at / features, at % features);
+                1.0 / (1 + row.abs_diff(col)) as f32 - 0.01 * (row * col % 5) as f32
+            })
+            .collect();
+        let largest = |f: usize| -> f64 {
+            x.iter()
+                .skip(f)
+                .step_by(features)
+                .fold(0f32, |m, v| m.max(v.abs()))
+                .into()
+        };
+        let largest: Vec<f64> = (0..features).map(largest).collect();
+        let (mut exact, mut tolerance) = (0f64, 0f64);
+        for (at, &m) in m.iter().enumerate() {
+            let (row, col) = (at / features, at % features);
+            let terms = x
+                .chunks(features)
+                .map(|x| f64::from(x[row]) * f64::from(x[col]));
+            exact += f64::from(m) * terms.sum::<f64>();
+            if row != col {
+                // As for the moments.
+                let bound = (2.0 * 0.5001 / 127.0 + (0.5001f64 / 127.0).powi(2)) * tokens as f64;
+                tolerance += f64::from(m.abs()) * bound * largest[row] * largest[col];
+            }
+        }
+        let tolerance = tolerance + 1e-12 * exact.abs();
+        let mut expected = None;
+        for isa in Isa::available() {
+            let got = Slab::new(isa, &x, features).quadratic(isa, &m);
+            assert!(
+                (got - exact).abs() <= tolerance,
+                "{got} {exact} {tolerance}"
+            );
+            assert_eq!(*expected.get_or_insert(got), got, "{}", isa.level());
+        }
+    }
+}
