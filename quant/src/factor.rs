@@ -13,7 +13,7 @@ use crate::error::QuantError;
 use crate::gptq::{ActOrder, GptqParams};
 use crate::grid::{Granularity, Grid};
 use crate::hessian::Moments;
-use crate::linalg::{NonPositivePivot, cholesky_in_place};
+use crate::linalg::{NonPositivePivot, Products, cholesky_in_place};
 use crate::refine::Curvature;
 
 /// The most that the ladder multiplies the damping by.
@@ -230,13 +230,16 @@ fn climb(
     start: f64,
 ) -> (Option<f64>, Option<String>) {
     let first = if start > 0.0 { start } else { FIRST_RUNG };
-    let rungs = (start == 0.0)
-        .then_some(0.0)
-        .into_iter()
-        .chain(LADDER.map(|step| step * first));
+    let undamped = (start == 0.0).then_some(0.0).into_iter();
+    let rungs = undamped.chain(LADDER.map(|step| step * first));
+    // What fails with the fast products is tried with the exact ones before the matrix is changed any further.
+    let attempts = rungs.flat_map(|fraction| {
+        [Products::Single, Products::Double].map(|products| (fraction, products))
+    });
     let mut tried: Option<(f64, NonPositivePivot)> = None;
-    for fraction in rungs {
-        if tried.is_some() {
+    let mut dirty = false;
+    for (fraction, products) in attempts {
+        if dirty {
             // The upper triangle still holds the matrix.
             restore(h, n);
         }
@@ -248,7 +251,8 @@ fn climb(
             };
             h[i * n + i] = d + damp;
         }
-        match cholesky_in_place(h, n) {
+        dirty = true;
+        match cholesky_in_place(h, n, products) {
             Ok(()) => {
                 let fallback = tried.map(|(last, pivot)| {
                     format!(
@@ -258,6 +262,7 @@ fn climb(
                 });
                 return (Some(fraction), fallback);
             }
+            Err(_) if products == Products::Single => {}
             Err(pivot) => tried = Some((fraction, pivot)),
         }
     }

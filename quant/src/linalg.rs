@@ -1,15 +1,15 @@
 //! Cholesky factorization in place, in f64, the same for every number of threads.
 
 use qbin_runtime::kernels::Isa;
-use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gemm::{Element, Store, View, product};
 use rayon::prelude::*;
 
 /// Columns eliminated at once.
 const STRIP: usize = 256;
 /// Rows or columns per task of the updates.
 const TASK: usize = 256;
-/// Side of the squares on the diagonal of which only one half is updated.
-const SQUARE: usize = 32;
+/// Rows updated at once: the products of a task's columns with them stay in cache.
+const ROWS: usize = 512;
 
 /// A pivot of the Cholesky factorization that is not positive beyond rounding: the matrix is singular or
 /// indefinite.
@@ -21,6 +21,26 @@ pub(crate) struct NonPositivePivot {
     pub(crate) value: f64,
 }
 
+/// How the products of strips, nearly all of the work, are computed; everything else is in f64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Products {
+    /// In f32, twice as fast. A pivot is refused that is not far above their rounding.
+    Single,
+    /// In f64.
+    Double,
+}
+
+impl Products {
+    /// The part of a diagonal element below which what is left of it may be rounding.
+    fn noise(self, n: usize) -> f64 {
+        match self {
+            // The errors of `n/STRIP` strips are independent and each below `ε` of the element.
+            Self::Single => 64.0 * f64::from(f32::EPSILON),
+            Self::Double => n as f64 * f64::EPSILON,
+        }
+    }
+}
+
 /// Factors the symmetric `A = L·Lᵀ`: `a` is `n × n`, column major; the lower triangle (row ≥ column) is
 /// read and becomes `L`, the upper one is neither read nor written.
 ///
@@ -28,14 +48,16 @@ pub(crate) struct NonPositivePivot {
 /// transpose, subtract the outer product from the columns to the right.
 ///
 /// # Errors
-/// [`NonPositivePivot`] where a pivot is at or below the rounding noise `n·ε` of its diagonal element;
+/// [`NonPositivePivot`] where a pivot is at or below the rounding noise of its diagonal element;
 /// the lower triangle is then half done.
-pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositivePivot> {
+pub(crate) fn cholesky_in_place(
+    a: &mut [f64],
+    n: usize,
+    products: Products,
+) -> Result<(), NonPositivePivot> {
     assert_eq!(a.len(), n * n, "a is not [n, n]");
     let isa = Isa::detect();
-    let noise: Vec<f64> = (0..n)
-        .map(|i| a[i * n + i] * n as f64 * f64::EPSILON)
-        .collect();
+    let noise: Vec<f64> = (0..n).map(|i| a[i * n + i] * products.noise(n)).collect();
     for start in (0..n).step_by(STRIP) {
         let width = STRIP.min(n - start);
         let end = start + width;
@@ -47,64 +69,49 @@ pub(crate) fn cholesky_in_place(a: &mut [f64], n: usize) -> Result<(), NonPositi
         }
         let inverse = invert_tile(strip, n, start, width);
         let solved = solve_below(isa, strip, n, end, width, &inverse);
-        let below = View::row_major(&solved, n - end, width);
-        right
-            .par_chunks_mut(TASK * n)
-            .enumerate()
-            .for_each(|(task, columns)| subtract_outer(isa, columns, n, end, below, task * TASK));
+        match products {
+            Products::Double => subtract_outer(isa, right, n, &solved),
+            Products::Single => {
+                let solved: Vec<f32> = solved.iter().map(|&value| value as f32).collect();
+                subtract_outer(isa, right, n, &solved);
+            }
+        }
     }
     Ok(())
 }
 
-/// `C −= S·S[first..]ᵀ` for some columns of height `n`, rows at and below the diagonal only; `strip` is `S`, whose
-/// first row belongs to row `end` of `C`.
-fn subtract_outer(
-    isa: Isa,
-    columns: &mut [f64],
-    n: usize,
-    end: usize,
-    strip: View<'_, f64>,
-    first: usize,
-) {
-    let count = columns.len() / n;
-    for (i, columns) in columns.chunks_mut(SQUARE * n).enumerate() {
-        let (top, side) = (first + i * SQUARE, columns.len() / n);
-        let pivots = strip.subrows(top, side);
-        let mut square = [0f64; SQUARE * SQUARE];
-        product(
-            isa,
-            &mut square,
-            SQUARE,
-            Store::Replace,
-            pivots,
-            pivots.transpose(),
-        );
-        for (j, (column, products)) in columns.chunks_mut(n).zip(square.chunks(SQUARE)).enumerate()
-        {
-            let column = &mut column[end + top..][j..side];
-            column
-                .iter_mut()
-                .zip(&products[j..])
-                .for_each(|(c, p)| *c -= p);
-        }
-        // The rest of these columns as far as the task's own square of rows reaches.
-        let rest = strip.subrows(top + side, first + count - top - side);
-        let out = &mut columns[end + top + side..];
-        product(isa, out, n, Store::Subtract, pivots, rest.transpose());
-    }
-    let below = first + count;
-    if below < strip.rows() {
-        let rest = strip.subrows(below, strip.rows() - below);
-        let pivots = strip.subrows(first, count);
-        product(
-            isa,
-            &mut columns[end + below..],
-            n,
-            Store::Subtract,
-            pivots,
-            rest.transpose(),
-        );
-    }
+/// `C −= S·Sᵀ` for the last columns of height `n`, rows at and below the diagonal only; `strip` is `S`, row major.
+fn subtract_outer<T: Element + Into<f64>>(isa: Isa, columns: &mut [f64], n: usize, strip: &[T]) {
+    let size = columns.len() / n;
+    let strip = View::row_major(strip, size, strip.len() / size);
+    columns
+        .par_chunks_mut(TASK * n)
+        .enumerate()
+        .for_each(|(task, columns)| {
+            let (first, count) = (task * TASK, columns.len() / n);
+            let pivots = strip.subrows(first, count);
+            let mut products = vec![T::default(); count * ROWS];
+            for top in (first..size).step_by(ROWS) {
+                let rest = strip.subrows(top, ROWS.min(size - top));
+                product(
+                    isa,
+                    &mut products,
+                    ROWS,
+                    Store::Replace,
+                    pivots,
+                    rest.transpose(),
+                );
+                for (j, (column, products)) in
+                    columns.chunks_mut(n).zip(products.chunks(ROWS)).enumerate()
+                {
+                    let column = &mut column[n - size + top..][..rest.rows()];
+                    let above = (first + j).saturating_sub(top).min(rest.rows());
+                    for (value, &product) in column.iter_mut().zip(products).skip(above) {
+                        *value -= product.into();
+                    }
+                }
+            }
+        });
 }
 
 /// Factors the diagonal tile at rows `start..start + width` of `strip` (columns of height `n`).
@@ -219,16 +226,20 @@ mod tests {
 
     #[test]
     fn factor_reproduces_the_matrix() {
-        // Around the borders of strips (128) and tasks (256).
-        for n in [1, 2, 127, 128, 129, 256, 300, 513, 700] {
+        // Around the borders of strips and tasks (256) and of rows (512).
+        let sizes = [1, 2, 255, 256, 257, 300, 513, 700, 1100];
+        for (n, products, epsilon) in sizes.into_iter().flat_map(|n| {
+            let single = (n, Products::Single, f64::from(f32::EPSILON));
+            [(n, Products::Double, f64::EPSILON), single]
+        }) {
             let a = positive(n, n + 3, 0.1);
             let mut l = a.clone();
-            cholesky_in_place(&mut l, n).unwrap();
+            cholesky_in_place(&mut l, n, products).unwrap();
             let trace: f64 = (0..n).map(|i| a[i * n + i]).sum();
             for j in 0..n {
                 for i in j..n {
                     let product: f64 = (0..=j).map(|k| l[k * n + i] * l[k * n + j]).sum();
-                    let tolerance = 8.0 * n as f64 * f64::EPSILON * trace;
+                    let tolerance = 8.0 * n as f64 * epsilon * trace;
                     assert!((product - a[j * n + i]).abs() <= tolerance, "{n}: {i} {j}");
                 }
                 for i in 0..j {
@@ -245,12 +256,17 @@ mod tests {
     #[test]
     fn rank_deficient_matrices_are_refused() {
         for (n, rank) in [(40, 7), (300, 200), (300, 280)] {
-            let error = cholesky_in_place(&mut positive(n, rank, 0.0), n).unwrap_err();
+            let error =
+                cholesky_in_place(&mut positive(n, rank, 0.0), n, Products::Double).unwrap_err();
             // A pivot that is nothing but rounding may pass, not all of them.
             assert!((rank..n).contains(&error.index), "{}", error.index);
-            cholesky_in_place(&mut positive(n, rank, 1e-6), n).unwrap();
+            cholesky_in_place(&mut positive(n, rank, 1e-6), n, Products::Double).unwrap();
         }
-        let error = cholesky_in_place(&mut [f64::NAN], 1).unwrap_err();
+        // What f64 can still factor may be too little for products in f32, and then is refused, not wrong.
+        let mut little = positive(300, 200, 1e-6);
+        let error = cholesky_in_place(&mut little, 300, Products::Single).unwrap_err();
+        assert!(error.index >= 200, "{}", error.index);
+        let error = cholesky_in_place(&mut [f64::NAN], 1, Products::Double).unwrap_err();
         assert!(error.value.is_nan());
     }
 }
