@@ -4,12 +4,15 @@
 //! multiply-adds over its terms in order, starting from zero. Nothing else is rounded, so a result depends neither on
 //! the instruction set, nor on the other rows and columns computed with it, nor on threads.
 
+mod columns;
 mod pack;
 mod tile;
 mod transpose;
 mod view;
 
-use super::Isa;
+use std::ops::Range;
+
+use super::isa::{Isa, Vectorized};
 use tile::{COLS, ROWS, Tile};
 
 pub use tile::Element;
@@ -82,27 +85,43 @@ pub fn product<T: Element>(
                 for (col, panel) in starts.clone().zip(panels) {
                     let mut sums: Tile<T> = [[T::default(); COLS]; ROWS];
                     T::tile(isa, packed_a.as_chunks().0, panel.as_chunks().0, &mut sums);
-                    let out = out[top * stride..].chunks_mut(stride).take(rows - top);
-                    put(out, col..cols.min(col + COLS), &sums, store);
+                    isa.run(Put {
+                        out: &mut out[top * stride..],
+                        stride,
+                        rows: ROWS.min(rows - top),
+                        cols: col..cols.min(col + COLS),
+                        sums: &sums,
+                        store,
+                    });
                 }
             }
         }
     }
 }
 
-/// Takes a tile into the columns `cols` of its rows.
-fn put<'a, T: Element + 'a>(
-    rows: impl Iterator<Item = &'a mut [T]>,
-    cols: std::ops::Range<usize>,
-    sums: &Tile<T>,
+/// Takes the columns `cols` of the first `rows` rows of an output from a tile.
+struct Put<'a, T> {
+    out: &'a mut [T],
+    stride: usize,
+    rows: usize,
+    cols: Range<usize>,
+    sums: &'a Tile<T>,
     store: Store,
-) {
-    for (sums, row) in sums.iter().zip(rows) {
-        let row = &mut row[cols.clone()];
-        match store {
-            Store::Replace => row.copy_from_slice(&sums[..row.len()]),
-            Store::Add => row.iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum),
-            Store::Subtract => row.iter_mut().zip(sums).for_each(|(out, &sum)| *out -= sum),
+}
+
+impl<T: Element> Vectorized for Put<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let rows = self.out.chunks_mut(self.stride).take(self.rows);
+        for (sums, row) in self.sums.iter().zip(rows) {
+            let row = &mut row[self.cols.clone()];
+            match self.store {
+                Store::Replace => row.copy_from_slice(&sums[..row.len()]),
+                Store::Add => row.iter_mut().zip(sums).for_each(|(out, &sum)| *out += sum),
+                Store::Subtract => row.iter_mut().zip(sums).for_each(|(out, &sum)| *out -= sum),
+            }
         }
     }
 }

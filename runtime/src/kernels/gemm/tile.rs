@@ -5,6 +5,7 @@
 
 use std::ops::{AddAssign, SubAssign};
 
+use super::columns;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
 /// Rows of a tile.
@@ -24,6 +25,10 @@ pub trait Element: Copy + Default + Send + Sync + AddAssign + SubAssign {
     /// `Σ a[k][row] · b[k][col]` over panels of the same depth.
     #[doc(hidden)]
     fn tile(isa: Isa, a: &[[Self; ROWS]], b: &[[Self; COLS]], out: &mut Tile<Self>);
+
+    /// `out[col · stride + i] = rows[i][col]`.
+    #[doc(hidden)]
+    fn columns(isa: Isa, rows: [&[Self]; ROWS], out: &mut [Self], stride: usize);
 }
 
 /// The definition.
@@ -51,7 +56,7 @@ impl<T: Element> Vectorized for Portable<'_, T> {
 }
 
 macro_rules! element {
-    ($type:ident, $avx512:ident, $avx2:ident) => {
+    ($type:ident, $avx512:ident, $avx2:ident, $columns:ident) => {
         impl Element for $type {
             #[inline(always)]
             fn multiply_add(a: Self, b: Self, c: Self) -> Self {
@@ -70,12 +75,16 @@ macro_rules! element {
                     _ => isa.run(Portable { a, b, out }),
                 }
             }
+
+            fn columns(isa: Isa, rows: [&[Self]; ROWS], out: &mut [Self], stride: usize) {
+                columns::$columns(isa, rows, out, stride);
+            }
         }
     };
 }
 
-element!(f32, avx512_f32, avx2_f32);
-element!(f64, avx512_f64, avx2_f64);
+element!(f32, avx512_f32, avx2_f32, single);
+element!(f64, avx512_f64, avx2_f64, portable);
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
