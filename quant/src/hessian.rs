@@ -6,13 +6,12 @@ use qbin_runtime::kernels::gram::Slab;
 use rayon::prelude::*;
 
 use crate::error::QuantError;
+use crate::scan::position;
 
 /// Tokens that share a feature's rounding step.
 const SLAB: usize = 2048;
 /// The largest magnitude of an input.
 const LARGEST: f32 = 1e16;
-/// Inputs looked through by one task.
-const CHUNK: usize = 1 << 16;
 /// Rows measured by one task.
 const PANEL_ROWS: usize = 64;
 
@@ -76,7 +75,7 @@ impl Moments {
     pub fn add(&mut self, x: &[f32]) -> Result<(), QuantError> {
         let n = self.n;
         assert!(x.len().is_multiple_of(n), "x is not [tokens, n]");
-        if let Some(at) = first_unusable(x) {
+        if let Some(at) = position(x, |v| !(-LARGEST..=LARGEST).contains(&v)) {
             let token = self.tokens + (at / n) as u64;
             return Err(QuantError::NonFiniteInput {
                 token,
@@ -149,17 +148,6 @@ impl Moments {
     fn count(&self) -> f64 {
         self.tokens.max(1) as f64
     }
-}
-
-/// Where the first input is that is not a number of usual size.
-fn first_unusable(x: &[f32]) -> Option<usize> {
-    let unusable = |v: &f32| !(-LARGEST..=LARGEST).contains(v);
-    // Without an early exit inside a chunk, so that it runs on vectors.
-    let chunk = x
-        .par_chunks(CHUNK)
-        .position_first(|chunk| chunk.iter().fold(false, |any, v| any | unusable(v)))?;
-    let start = chunk * CHUNK;
-    x[start..].iter().position(unusable).map(|at| start + at)
 }
 
 /// Copies the lower triangle (column ≤ row) onto the upper, in tiles that stay in cache.

@@ -18,6 +18,7 @@ mod patterns;
 mod recipe;
 mod refine;
 mod rtn;
+mod scan;
 mod sweep;
 
 pub use awq::{
