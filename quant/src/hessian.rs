@@ -21,8 +21,8 @@ const PANEL_ROWS: usize = 64;
 /// evidence too.
 ///
 /// The second moments are those of the inputs rounded to int8, feature by feature with a step of 1/127 of the
-/// feature's largest magnitude among 2048 tokens: exact integer sums, four times as fast as f32. The noise is less
-/// than that of the sample: GPTQ's models came out the same within their error (docs/quality.md).
+/// feature's largest magnitude among 2048 tokens: exact integer sums, about four times as fast as f32, and positive
+/// semidefinite like those of any inputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moments {
     n: usize,
