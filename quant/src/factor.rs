@@ -13,7 +13,7 @@ use crate::error::QuantError;
 use crate::gptq::{ActOrder, GptqParams};
 use crate::grid::{Granularity, Grid};
 use crate::hessian::Moments;
-use crate::linalg::{NonPositivePivot, cholesky_in_place};
+use crate::linalg::{NonPositivePivot, Products, cholesky_in_place};
 use crate::refine::Curvature;
 
 /// The most that the ladder multiplies the damping by.
@@ -23,7 +23,7 @@ const FIRST_RUNG: f64 = 0.01;
 
 /// A factored Hessian, usable for every matrix that reads the same inputs on the same grid.
 ///
-/// Holds a little more than half of `n²` in f32, and `n²` more where matrices are refined.
+/// Holds a little more than `1.5·n²` in f32.
 #[derive(Clone, Debug)]
 pub struct Factor {
     n: usize,
@@ -39,8 +39,9 @@ pub struct Factor {
     pub(crate) damp: f64,
     pub(crate) damp_fraction: f64,
     pub(crate) fallback: Option<String>,
-    /// For the refinement after the sweep, and how often it goes over a matrix.
-    pub(crate) curvature: Option<Curvature>,
+    /// The Hessian itself, for the signal of reports and the refinement.
+    pub(crate) curvature: Curvature,
+    /// How often the refinement goes over a matrix.
     pub(crate) refine_sweeps: usize,
 }
 
@@ -53,9 +54,7 @@ pub(crate) struct Block {
     pub(crate) groups: Vec<(usize, Range<usize>)>,
     /// `U[..start, block]`, `[start, width]`, column major: feedback from everything before the block.
     pub(crate) before: Vec<f32>,
-    /// `I + U[block, block]`, `[width, width]`, column major.
-    pub(crate) inside: Vec<f32>,
-    /// The inverse of `inside`, `[width, width]`, row major: feedback on current weights.
+    /// The inverse of `I + U[block, block]`, `[width, width]`, row major: feedback on current weights.
     pub(crate) inverse: Vec<f32>,
 }
 
@@ -74,7 +73,7 @@ impl Factor {
         params.check(n)?;
         let mut h = moments.finish().values;
         let diagonal: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
-        let mut curvature = (params.refine_sweeps > 0).then(|| Curvature::new(n, &h));
+        let mut curvature = Curvature::new(n, &h);
         let plan = Plan::new(
             &params.grid,
             params.act_order,
@@ -95,15 +94,15 @@ impl Factor {
 
         let (damp_fraction, fallback) =
             climb(&mut h, n, &diagonal, mean, &dead, params.damp_fraction);
+        let mut refine_sweeps = params.refine_sweeps;
         if damp_fraction.is_none() {
             // What is left of the matrix is its diagonal, and nothing can be refined against that.
-            curvature = None;
+            curvature.keep_diagonal();
+            refine_sweeps = 0;
         }
         let damp_fraction = damp_fraction.unwrap_or(0.0);
         let damp = damp_fraction * mean;
-        if let Some(curvature) = &mut curvature {
-            curvature.damp(damp);
-        }
+        curvature.damp(damp);
         let root = (0..n).map(|place| at(&h, n, place, place) as f32).collect();
         Ok(Self {
             n,
@@ -116,7 +115,7 @@ impl Factor {
             damp_fraction,
             fallback,
             curvature,
-            refine_sweeps: params.refine_sweeps,
+            refine_sweeps,
         })
     }
 
@@ -231,13 +230,16 @@ fn climb(
     start: f64,
 ) -> (Option<f64>, Option<String>) {
     let first = if start > 0.0 { start } else { FIRST_RUNG };
-    let rungs = (start == 0.0)
-        .then_some(0.0)
-        .into_iter()
-        .chain(LADDER.map(|step| step * first));
+    let undamped = (start == 0.0).then_some(0.0).into_iter();
+    let rungs = undamped.chain(LADDER.map(|step| step * first));
+    // What fails with the fast products is tried with the exact ones before the matrix is changed any further.
+    let attempts = rungs.flat_map(|fraction| {
+        [Products::Single, Products::Double].map(|products| (fraction, products))
+    });
     let mut tried: Option<(f64, NonPositivePivot)> = None;
-    for fraction in rungs {
-        if tried.is_some() {
+    let mut dirty = false;
+    for (fraction, products) in attempts {
+        if dirty {
             // The upper triangle still holds the matrix.
             restore(h, n);
         }
@@ -249,7 +251,8 @@ fn climb(
             };
             h[i * n + i] = d + damp;
         }
-        match cholesky_in_place(h, n) {
+        dirty = true;
+        match cholesky_in_place(h, n, products) {
             Ok(()) => {
                 let fallback = tried.map(|(last, pivot)| {
                     format!(
@@ -259,6 +262,7 @@ fn climb(
                 });
                 return (Some(fraction), fallback);
             }
+            Err(_) if products == Products::Single => {}
             Err(pivot) => tried = Some((fraction, pivot)),
         }
     }
@@ -310,7 +314,6 @@ fn cut(lower: &[f64], n: usize, groups: Vec<Vec<(usize, Range<usize>)>>) -> Vec<
             places,
             groups,
             before,
-            inside: inside.into_iter().map(|value| value as f32).collect(),
             inverse: inverse.into_iter().map(|value| value as f32).collect(),
         }
     };

@@ -6,8 +6,7 @@
 
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use qbin_runtime::kernels::Isa;
 
 use crate::factor::Factor;
 
@@ -65,25 +64,7 @@ impl Factor {
         assert_eq!(weight.len(), rows * width, "weight is not [rows, width]");
         assert_eq!(errors.len(), rows * start, "errors is not [rows, start]");
         let mut current = weight.to_vec();
-        if start > 0 {
-            let mut feedback = vec![0f32; rows * width];
-            matmul(
-                MatMut::from_column_major_slice_mut(&mut feedback, rows, width),
-                Accum::Replace,
-                MatRef::from_column_major_slice(errors, rows, start),
-                MatRef::from_column_major_slice(&block.before, start, width),
-                1.0,
-                Par::Seq,
-            );
-            matmul(
-                MatMut::from_column_major_slice_mut(&mut current, rows, width),
-                Accum::Add,
-                MatRef::from_column_major_slice(&feedback, rows, width),
-                MatRef::from_row_major_slice(&block.inverse, width, width),
-                1.0,
-                Par::Seq,
-            );
-        }
+        block.correct(Isa::detect(), &mut current, errors, rows);
         current
     }
 

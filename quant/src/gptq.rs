@@ -1,18 +1,16 @@
 //! GPTQ: rounds column by column and lets the later columns make up for the error so far.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
 use qbin_format::QuantizedMatrix;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
-use crate::factor::Block;
 pub use crate::factor::Factor;
-use crate::grid::{Grid, GroupParams, Rounder};
+use crate::grid::Grid;
 use crate::hessian::{Metric, Moments};
 use crate::refine::refine;
-use crate::rtn::{Panel, Parts, check_weight, rtn};
+use crate::rtn::{Parts, check_weight, rtn};
+use crate::sweep::{Sweep, Tally};
 
 /// The order in which columns are rounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,7 +193,7 @@ impl Factor {
             return Ok(Gptq { quantized, report });
         }
 
-        let height = if rows < 2048 { 32 } else { 64 };
+        let height = if rows < 2048 { 32 } else { 128 };
         let importance: Vec<f32> = self.root.iter().map(|root| root * root).collect();
         let mut out = Parts::new(rows, cols, grid);
         let panels = (
@@ -209,9 +207,9 @@ impl Factor {
             .map(|(panel, (mut out, weight, start))| {
                 let zeros = zeros.map(|zeros| &zeros[panel * height * cols..][..weight.len()]);
                 let mut tally = Sweep::new(self, grid, &importance, start, zeros, &mut out).run();
-                if let Some(curvature) = &self.curvature {
+                if self.refine_sweeps > 0 {
                     let sweeps = self.refine_sweeps;
-                    let gain = refine(curvature, grid, weight, zeros, &mut out, sweeps);
+                    let gain = refine(&self.curvature, grid, weight, zeros, &mut out, sweeps);
                     tally.loss -= gain.loss;
                     tally.error = gain.error;
                 }
@@ -222,232 +220,24 @@ impl Factor {
         let mut total = Tally::default();
         tallies.iter().for_each(|tally| total.add(tally));
         report.clipped = total.clipped;
-        report.relative_error = total.relative_error(self.damp);
         let quantized = out.finish();
-        if let Some(survivors) = survivors {
+        report.relative_error = match survivors {
             // The sums of a sweep that starts elsewhere are not those of `weight`.
-            report.relative_error = survivors
-                .metric
-                .relative_error(weight, &quantized.dequantize());
-        }
+            Some(Survivors { metric, .. }) => {
+                metric.relative_error(weight, &quantized.dequantize())
+            }
+            None => self.relative_error(weight, &total),
+        };
         Ok(Gptq { quantized, report })
     }
-}
 
-/// Sums over the rows of a panel.
-#[derive(Default)]
-struct Tally {
-    /// `Σ r²·(target − q)²`: the loss under the damped Hessian.
-    loss: f64,
-    /// `‖W − Q‖²` of live columns.
-    error: f64,
-    /// `W·H·Wᵀ` under the damped Hessian.
-    signal: f64,
-    /// `‖W‖²` of live columns.
-    weight: f64,
-    clipped: u64,
-}
-
-impl Tally {
-    fn add(&mut self, other: &Self) {
-        self.loss += other.loss;
-        self.error += other.error;
-        self.signal += other.signal;
-        self.weight += other.weight;
-        self.clipped += other.clipped;
-    }
-
-    /// Takes the damping out of both sides again.
-    fn relative_error(&self, damp: f64) -> f64 {
-        let signal = self.signal - damp * self.weight;
-        if signal > 0.0 {
-            (self.loss - damp * self.error).max(0.0) / signal
-        } else {
-            0.0
-        }
-    }
-}
-
-/// One panel of rows on its way through the blocks. Matrices are column major, so that a column of the
-/// panel is contiguous and the inner loop runs over rows.
-struct Sweep<'a, 'b> {
-    factor: &'a Factor,
-    grid: &'a Grid,
-    /// Weight of each place of the sweep in the scale search.
-    importance: &'a [f32],
-    /// Weights held at zero, `[rows, n]`.
-    zeros: Option<&'a [bool]>,
-    rows: usize,
-    /// `[2·rows, n]` in sweep order: the errors `W − Q` of finished columns above the weights, stacked so
-    /// that the feedback and the signal's norm cost one product.
-    stacked: Vec<f32>,
-    out: &'a mut Panel<'b>,
-    tally: Tally,
-}
-
-impl<'a, 'b> Sweep<'a, 'b> {
-    fn new(
-        factor: &'a Factor,
-        grid: &'a Grid,
-        importance: &'a [f32],
-        weight: &[f32],
-        zeros: Option<&'a [bool]>,
-        out: &'a mut Panel<'b>,
-    ) -> Self {
-        let n = factor.n();
-        let rows = weight.len() / n;
-        let mut stacked = vec![0f32; 2 * rows * n];
-        for (column, &col) in stacked.chunks_mut(2 * rows).zip(&factor.order) {
-            for (row, value) in column[rows..].iter_mut().enumerate() {
-                *value = weight[row * n + col];
-            }
-        }
-        Self {
-            factor,
-            grid,
-            importance,
-            zeros,
-            rows,
-            stacked,
-            out,
-            tally: Tally::default(),
-        }
-    }
-
-    fn run(mut self) -> Tally {
-        let factor = self.factor;
-        for block in &factor.blocks {
-            let mut current = self.enter(block);
-            for (group, places) in &block.groups {
-                let start = block.places.start;
-                let inside = places.start - start..places.end - start;
-                let rounders = self.group(
-                    *group,
-                    places.start,
-                    &current[self.rows * inside.start..][..self.rows * inside.len()],
-                );
-                for j in inside {
-                    self.column(block, j, &mut current, &rounders);
-                }
-            }
-        }
-        self.tally
-    }
-
-    /// The corrected weights of a block, `[rows, width]`, as they stand before its first column is rounded.
-    fn enter(&mut self, block: &Block) -> Vec<f32> {
-        let (rows, start, width) = (self.rows, block.places.start, block.places.len());
-        let mut feedback = vec![0f32; 2 * rows * width];
-        if start > 0 {
-            matmul(
-                MatMut::from_column_major_slice_mut(&mut feedback, 2 * rows, width),
-                Accum::Replace,
-                MatRef::from_column_major_slice(&self.stacked[..2 * rows * start], 2 * rows, start),
-                MatRef::from_column_major_slice(&block.before, start, width),
-                1.0,
-                Par::Seq,
-            );
-        }
-        let feedback = MatRef::from_column_major_slice(&feedback, 2 * rows, width);
-        let stacked = &self.stacked[2 * rows * start..][..2 * rows * width];
-        let weight = MatRef::from_column_major_slice(stacked, 2 * rows, width).subrows(rows, rows);
-
-        let mut signal = feedback.subrows(rows, rows).to_owned();
-        let inside = MatRef::from_column_major_slice(&block.inside, width, width);
-        matmul(&mut signal, Accum::Add, weight, inside, 1.0, Par::Seq);
-        for (j, place) in block
-            .places
-            .clone()
-            .enumerate()
-            .filter(|&(_, p)| !self.factor.dead[p])
-        {
-            let square = |x: f32| f64::from(x) * f64::from(x);
-            let column = signal.col(j).iter().map(|&x| square(x)).sum::<f64>();
-            self.tally.signal += column * square(self.factor.root[place]);
-            self.tally.weight += weight.col(j).iter().map(|&x| square(x)).sum::<f64>();
-        }
-
-        let mut current: Vec<f32> = Vec::with_capacity(rows * width);
-        stacked
-            .chunks(2 * rows)
-            .for_each(|column| current.extend_from_slice(&column[rows..]));
-        matmul(
-            MatMut::from_column_major_slice_mut(&mut current, rows, width),
-            Accum::Add,
-            feedback.subrows(0, rows),
-            MatRef::from_row_major_slice(&block.inverse, width, width),
-            1.0,
-            Par::Seq,
-        );
-        current
-    }
-
-    /// Chooses and stores every row's parameters of a group from its current weights (`[rows, width]`).
-    fn group(&mut self, group: usize, place: usize, current: &[f32]) -> Vec<Rounder> {
-        let rows = self.rows;
-        let groups = self.out.scales.len() / rows;
-        let importance = &self.importance[place..][..current.len() / rows];
-        let columns = &self.factor.order[place..][..importance.len()];
-        let mut weights = vec![0f32; importance.len()];
-        let mut choose = |row: usize| -> GroupParams {
-            for ((weight, column), &col) in
-                weights.iter_mut().zip(current.chunks(rows)).zip(columns)
-            {
-                // Zero is on every grid, so what is held there has no say in the choice.
-                *weight = match self
-                    .zeros
-                    .is_some_and(|zeros| zeros[row * self.factor.n() + col])
-                {
-                    true => 0.0,
-                    false => column[row],
-                };
-            }
-            self.grid.params(&weights, Some(importance))
-        };
-        (0..rows)
-            .map(|row| {
-                let params = choose(row);
-                self.out.set(row * groups + group, params);
-                self.grid.rounder(params)
-            })
-            .collect()
-    }
-
-    /// Rounds column `j` of the block and corrects the columns after it.
-    fn column(&mut self, block: &Block, j: usize, current: &mut [f32], rounders: &[Rounder]) {
-        let (rows, n, width) = (self.rows, self.factor.n(), block.places.len());
-        let place = block.places.start + j;
-        let (col, dead) = (self.factor.order[place], self.factor.dead[place]);
-        let (column, later) = current[j * rows..].split_at_mut(rows);
-        let (errors, weights) = self.stacked[place * 2 * rows..][..2 * rows].split_at_mut(rows);
-        let (mut loss, mut error) = (0f64, 0f64);
-        for row in 0..rows {
-            let target = column[row];
-            let held = self.zeros.is_some_and(|zeros| zeros[row * n + col]);
-            let steps = if held {
-                0.0
-            } else {
-                rounders[row].steps(target)
-            };
-            let value = rounders[row].value(steps);
-            self.out.codes[row * n + col] = rounders[row].code(steps);
-            self.tally.clipped += u64::from(!held && rounders[row].clips(target, steps));
-            errors[row] = weights[row] - value;
-            // From here on the column holds what the later ones must make up for.
-            column[row] = target - value;
-            loss += f64::from(column[row]) * f64::from(column[row]);
-            error += f64::from(errors[row]) * f64::from(errors[row]);
-        }
-        if !dead {
-            let root = f64::from(self.factor.root[place]);
-            self.tally.loss += loss * root * root;
-            self.tally.error += error;
-        }
-        let spread = &block.inverse[j * width..][j + 1..width];
-        for (other, &factor) in later.chunks_mut(rows).zip(spread) {
-            for (value, &error) in other.iter_mut().zip(&*column) {
-                *value -= error * factor;
-            }
+    /// Of the sums of a sweep over `weight`, the damping taken out of both sides again.
+    fn relative_error(&self, weight: &[f32], total: &Tally) -> f64 {
+        let (signal, norm) = self.curvature.signal(weight);
+        let signal = signal - self.damp * norm;
+        match signal > 0.0 {
+            true => (total.loss - self.damp * total.error).max(0.0) / signal,
+            false => 0.0,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use qbin_format::Scheme;
+use qbin_runtime::kernels::{Isa, Vectorized};
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
@@ -124,8 +125,17 @@ impl Grid {
     /// # Panics
     /// If `importance` has another length than `weights`.
     pub fn params(&self, weights: &[f32], importance: Option<&[f32]>) -> GroupParams {
-        let low = weights.iter().fold(0f32, |m, &w| m.min(w));
-        let high = weights.iter().fold(0f32, |m, &w| m.max(w));
+        self.params_at(Isa::detect(), weights, importance)
+    }
+
+    /// [`Self::params`] on the instruction set at hand, which changes its speed only.
+    pub(crate) fn params_at(
+        &self,
+        isa: Isa,
+        weights: &[f32],
+        importance: Option<&[f32]>,
+    ) -> GroupParams {
+        let (low, high) = isa.run(Extremes(weights));
         let plain = self.range_params(low, high);
         if self.search == ScaleSearch::None || (low == 0.0 && high == 0.0) {
             return plain;
@@ -140,6 +150,7 @@ impl Grid {
         };
         assert_eq!(importance.len(), weights.len(), "one importance per weight");
         Search {
+            isa,
             grid: self,
             weights,
             importance,
@@ -184,7 +195,7 @@ impl Grid {
 
 impl GroupParams {
     /// The weight that `code` stands for.
-    #[inline]
+    #[inline(always)]
     pub fn value(&self, code: u8) -> f32 {
         self.scale * (f32::from(code) - f32::from(self.zero_point))
     }
@@ -208,82 +219,107 @@ pub struct Rounder {
 
 impl Rounder {
     /// The nearest level as `code − zero_point`, ties to even, clamped to the grid.
-    #[inline]
+    #[inline(always)]
     pub fn steps(&self, weight: f32) -> f32 {
         let inside = (weight / self.scale).max(self.low).min(self.high);
         (inside + TO_INTEGER) - TO_INTEGER
     }
 
     /// The stored code of a level.
-    #[inline]
+    #[inline(always)]
     pub fn code(&self, steps: f32) -> u8 {
         (steps + self.zero) as u8
     }
 
     /// The weight a level stands for; the same product that reading the code back gives.
-    #[inline]
+    #[inline(always)]
     pub fn value(&self, steps: f32) -> f32 {
         self.scale * steps
     }
 
     /// Whether `weight` lies beyond the outermost level by more than rounding explains.
-    #[inline]
+    #[inline(always)]
     pub fn clips(&self, weight: f32, steps: f32) -> bool {
         (weight - self.value(steps)).abs() > 0.501 * self.scale.abs()
     }
+}
 
-    /// `Σ h·(w − ŵ)²`.
-    fn error(&self, weights: &[f32], importance: &[f32]) -> f32 {
-        let [sum] = sums(weights, importance, |w, h| {
-            let e = w - self.value(self.steps(w));
-            [h * e * e]
-        });
-        sum
-    }
+/// The weighted squared errors of rounding a group.
+struct Errors<'a> {
+    rounder: Rounder,
+    weights: &'a [f32],
+    importance: &'a [f32],
+}
 
-    /// The scale that suits the present codes best, and the weighted error it leaves with them.
-    ///
-    /// With the levels `n` and errors `e = w − scale·n`: `scale + Σ h·e·n / Σ h·n²` leaves
-    /// `Σ h·e² − (Σ h·e·n)² / Σ h·n²`. Written with `e`, since `w` itself would cancel at eight bits.
-    /// NaN where no weight counts.
-    fn refit(&self, weights: &[f32], importance: &[f32]) -> (f32, f32) {
-        let [ee, en, nn] = sums(weights, importance, |w, h| {
-            let n = self.steps(w);
-            let e = w - self.value(n);
-            [h * e * e, h * e * n, h * n * n]
-        });
-        (self.scale + en / nn, ee - en * (en / nn))
+impl Vectorized for Errors<'_> {
+    /// `Σ h·e²`, `Σ h·e·n`, `Σ h·n²` with the levels `n` and the errors `e = w − scale·n`.
+    type Output = [f32; 3];
+
+    #[inline(always)]
+    fn run(self) -> [f32; 3] {
+        let (mut ee, mut en, mut nn) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+        let (weights, w_rest) = self.weights.as_chunks::<LANES>();
+        let (importance, h_rest) = self.importance.as_chunks::<LANES>();
+        let mut add = |w: &[f32; LANES], h: &[f32; LANES]| {
+            for lane in 0..LANES {
+                let n = self.rounder.steps(w[lane]);
+                let e = w[lane] - self.rounder.value(n);
+                let he = h[lane] * e;
+                ee[lane] = he.mul_add(e, ee[lane]);
+                en[lane] = he.mul_add(n, en[lane]);
+                nn[lane] = (h[lane] * n).mul_add(n, nn[lane]);
+            }
+        };
+        for (w, h) in weights.iter().zip(importance) {
+            add(w, h);
+        }
+        if !w_rest.is_empty() {
+            // Weights of no importance leave the sums as they are.
+            let padded =
+                |rest: &[f32]| std::array::from_fn(|i| rest.get(i).copied().unwrap_or(0.0));
+            add(&padded(w_rest), &padded(h_rest));
+        }
+        [ee, en, nn].map(total)
     }
 }
 
-/// Sums `term` over pairs, in `LANES` interleaved accumulators so that it runs on vectors.
+/// The sum of the lanes, the upper half to the lower until one is left.
 #[inline(always)]
-fn sums<const N: usize>(
-    weights: &[f32],
-    importance: &[f32],
-    term: impl Fn(f32, f32) -> [f32; N],
-) -> [f32; N] {
-    let mut lanes = [[0f32; LANES]; N];
-    let (w_chunks, w_tail) = weights.as_chunks::<LANES>();
-    let (h_chunks, h_tail) = importance.as_chunks::<LANES>();
-    for (w, h) in w_chunks.iter().zip(h_chunks) {
-        for lane in 0..LANES {
-            let terms = term(w[lane], h[lane]);
-            for (sum, term) in lanes.iter_mut().zip(terms) {
-                sum[lane] += term;
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The least and the largest of some weights and zero.
+struct Extremes<'a>(&'a [f32]);
+
+impl Vectorized for Extremes<'_> {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn run(self) -> (f32, f32) {
+        let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+        let (chunks, rest) = self.0.as_chunks::<LANES>();
+        for chunk in chunks.iter().map(|chunk| &chunk[..]).chain([rest]) {
+            for ((low, high), &w) in low.iter_mut().zip(&mut high).zip(chunk) {
+                *low = low.min(w);
+                *high = high.max(w);
             }
         }
+        let least = low.iter().fold(0f32, |m, &w| m.min(w));
+        (least, high.iter().fold(0f32, |m, &w| m.max(w)))
     }
-    for (lane, (&w, &h)) in w_tail.iter().zip(h_tail).enumerate() {
-        for (sum, term) in lanes.iter_mut().zip(term(w, h)) {
-            sum[lane] += term;
-        }
-    }
-    lanes.map(|lanes| lanes.iter().sum())
 }
 
 /// The search of [`ScaleSearch::Weighted`] over one group.
 struct Search<'a> {
+    isa: Isa,
     grid: &'a Grid,
     weights: &'a [f32],
     importance: &'a [f32],
@@ -296,10 +332,7 @@ impl Search<'_> {
         let mut best = (self.error(plain), plain);
         let mut start = (f32::INFINITY, plain);
         for candidate in self.candidates(low, high) {
-            let (_, error) = self
-                .grid
-                .rounder(candidate)
-                .refit(self.weights, self.importance);
+            let (_, error) = self.refit(candidate);
             // False for NaN too: no weight counts, or the sums overflowed.
             if error < start.0 {
                 start = (error, candidate);
@@ -351,10 +384,7 @@ impl Search<'_> {
     fn improve(&self, start: GroupParams, best: &mut (f32, GroupParams)) {
         let mut params = start;
         for _ in 0..REFITS {
-            let (scale, _) = self
-                .grid
-                .rounder(params)
-                .refit(self.weights, self.importance);
+            let (scale, _) = self.refit(params);
             if !scale.is_finite() || scale == 0.0 {
                 return;
             }
@@ -367,9 +397,26 @@ impl Search<'_> {
         }
     }
 
+    /// `Σ h·(w − ŵ)²`.
     fn error(&self, params: GroupParams) -> f32 {
-        self.grid
-            .rounder(params)
-            .error(self.weights, self.importance)
+        self.errors(params)[0]
+    }
+
+    /// The scale that suits the present codes best, and the weighted error it leaves with them.
+    ///
+    /// With the levels `n` and errors `e = w − scale·n`: `scale + Σ h·e·n / Σ h·n²` leaves
+    /// `Σ h·e² − (Σ h·e·n)² / Σ h·n²`. Written with `e`, since `w` itself would cancel at eight bits.
+    /// NaN where no weight counts.
+    fn refit(&self, params: GroupParams) -> (f32, f32) {
+        let [ee, en, nn] = self.errors(params);
+        (params.scale + en / nn, ee - en * (en / nn))
+    }
+
+    fn errors(&self, params: GroupParams) -> [f32; 3] {
+        self.isa.run(Errors {
+            rounder: self.grid.rounder(params),
+            weights: self.weights,
+            importance: self.importance,
+        })
     }
 }

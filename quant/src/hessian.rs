@@ -1,15 +1,16 @@
 //! Second moments of a linear's inputs: the Hessian of its squared output error.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use qbin_runtime::kernels::Isa;
+use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gram::Slab;
 use rayon::prelude::*;
 
 use crate::error::QuantError;
+use crate::scan::position;
 
-/// Tokens summed in f32 before the sum goes to f64: long enough for the product to be fast, short
-/// enough that rounding stays far below the damping.
-const SLAB: usize = 1024;
-/// The largest magnitude of an input: a slab of its squares is still far from the end of f32.
+/// Tokens that share a feature's rounding step.
+const SLAB: usize = 2048;
+/// The largest magnitude of an input.
 const LARGEST: f32 = 1e16;
 /// Rows measured by one task.
 const PANEL_ROWS: usize = 64;
@@ -18,6 +19,10 @@ const PANEL_ROWS: usize = 64;
 ///
 /// One `n × n` f64 buffer, `n` the number of input features. Feed real tokens only: padding counts as
 /// evidence too.
+///
+/// The second moments are those of the inputs rounded to int8, feature by feature with a step of 1/127 of the
+/// feature's largest magnitude among 2048 tokens: exact integer sums, about four times as fast as f32, and positive
+/// semidefinite like those of any inputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moments {
     n: usize,
@@ -70,10 +75,7 @@ impl Moments {
     pub fn add(&mut self, x: &[f32]) -> Result<(), QuantError> {
         let n = self.n;
         assert!(x.len().is_multiple_of(n), "x is not [tokens, n]");
-        if let Some(at) = x
-            .par_iter()
-            .position_first(|v| !(-LARGEST..=LARGEST).contains(v))
-        {
+        if let Some(at) = position(x, |v| !(-LARGEST..=LARGEST).contains(&v)) {
             let token = self.tokens + (at / n) as u64;
             return Err(QuantError::NonFiniteInput {
                 token,
@@ -81,45 +83,16 @@ impl Moments {
                 value: x[at],
             });
         }
+        let isa = Isa::detect();
         for slab in x.chunks(SLAB * n) {
-            self.add_slab(slab);
+            let slab = Slab::new(isa, slab, n);
+            slab.add_to(isa, &mut self.second);
+            for (sum, part) in self.abs_sum.iter_mut().zip(slab.abs_sums()) {
+                *sum += part;
+            }
         }
         self.tokens += (x.len() / n) as u64;
         Ok(())
-    }
-
-    /// Each task owns some rows of the triangle and the same columns' absolute sums.
-    fn add_slab(&mut self, x: &[f32]) {
-        let n = self.n;
-        let tokens = x.len() / n;
-        let height = panel(n);
-        let x = MatRef::from_row_major_slice(x, tokens, n);
-        let rows = self.second.par_chunks_mut(height * n);
-        rows.zip(self.abs_sum.par_chunks_mut(height))
-            .enumerate()
-            .for_each(|(at, (second, abs))| {
-                let first = at * height;
-                let end = first + abs.len();
-                let mut product = vec![0f32; abs.len() * end];
-                matmul(
-                    MatMut::from_row_major_slice_mut(&mut product, abs.len(), end),
-                    Accum::Replace,
-                    x.subcols(first, abs.len()).transpose(),
-                    x.subcols(0, end),
-                    1.0,
-                    Par::Seq,
-                );
-                for (sums, products) in second.chunks_mut(n).zip(product.chunks(end)) {
-                    for (sum, &product) in sums.iter_mut().zip(products) {
-                        *sum += f64::from(product);
-                    }
-                }
-                for token in 0..tokens {
-                    for (i, sum) in abs.iter_mut().enumerate() {
-                        *sum += f64::from(x[(token, first + i)].abs());
-                    }
-                }
-            });
     }
 
     /// The moments of the inputs `x / s`, exactly: `Σ → D⁻¹ Σ D⁻¹` with `D = diag(s)`.
@@ -175,11 +148,6 @@ impl Moments {
     fn count(&self) -> f64 {
         self.tokens.max(1) as f64
     }
-}
-
-/// Rows of the triangle per task: few enough tasks that each product is large, enough for every core.
-fn panel(n: usize) -> usize {
-    n.div_ceil(16).next_multiple_of(32).min(256)
 }
 
 /// Copies the lower triangle (column ≤ row) onto the upper, in tiles that stay in cache.
@@ -269,42 +237,31 @@ impl Metric {
     /// `δ·M` for the columns `first..first + len`, `[rows, len]`; `delta` is `[rows, n]`.
     pub fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
         let rows = delta.len() / self.n;
-        let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
-        let mut product = vec![0f32; rows * len];
-        matmul(
-            MatMut::from_row_major_slice_mut(&mut product, rows, len),
-            Accum::Replace,
-            MatRef::from_row_major_slice(delta, rows, self.n),
-            m.subcols(first, len),
-            1.0,
-            Par::Seq,
-        );
-        product
+        let mut out = vec![0f32; rows * len];
+        let (delta, m) = (View::row_major(delta, rows, self.n), self.view());
+        // M is symmetric, and its rows are contiguous.
+        let m = m.subrows(first, len).transpose();
+        product(Isa::detect(), &mut out, len, Store::Replace, delta, m);
+        out
     }
 
     /// `δᵀ M δ` of every row of `delta` (`[rows, len]`), with the square of `M` from `first` on.
     pub(crate) fn measure_rows(&self, delta: &[f32], first: usize, len: usize) -> Vec<f64> {
         let rows = delta.len() / len;
-        let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
-        let mut product = vec![0f32; delta.len()];
-        matmul(
-            MatMut::from_row_major_slice_mut(&mut product, rows, len),
-            Accum::Replace,
-            MatRef::from_row_major_slice(delta, rows, len),
-            m.submatrix(first, first, len, len),
-            1.0,
-            Par::Seq,
-        );
+        let mut out = vec![0f32; delta.len()];
+        let m = self.view().submatrix(first, first, len, len);
+        let left = View::row_major(delta, rows, len);
+        product(Isa::detect(), &mut out, len, Store::Replace, left, m);
         let dot = |(d, p): (&[f32], &[f32])| {
             d.iter()
                 .zip(p)
                 .map(|(&d, &p)| f64::from(d) * f64::from(p))
                 .sum()
         };
-        delta
-            .chunks(len)
-            .zip(product.chunks(len))
-            .map(dot)
-            .collect()
+        delta.chunks(len).zip(out.chunks(len)).map(dot).collect()
+    }
+
+    fn view(&self) -> View<'_, f32> {
+        View::row_major(&self.values, self.n, self.n)
     }
 }

@@ -19,6 +19,8 @@ mod patterns;
 mod recipe;
 mod refine;
 mod rtn;
+mod scan;
+mod sweep;
 
 pub use awq::{
     divide_rows, divide_vector, gqa_mean, gqa_producer_scales, quadratic_loss, rounded,

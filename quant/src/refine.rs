@@ -7,11 +7,16 @@
 
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gram::Slab;
+use qbin_runtime::kernels::{Isa, Vectorized};
 
-use crate::grid::{Grid, GroupParams, storable};
+use crate::grid::{Grid, GroupParams, Rounder, storable};
 use crate::rtn::Panel;
+use crate::sweep::kept;
+
+/// Rows of a weight that share a column's rounding step.
+const SLAB_ROWS: usize = 2048;
 
 /// The damped Hessian, `[n, n]`, columns as in the file, zeros for dead columns.
 #[derive(Clone, Debug)]
@@ -29,6 +34,29 @@ impl Curvature {
         }
     }
 
+    /// Leaves nothing but the diagonal.
+    pub(crate) fn keep_diagonal(&mut self) {
+        for (row, values) in self.values.chunks_mut(self.n).enumerate() {
+            values[..row].fill(0.0);
+            values[row + 1..].fill(0.0);
+        }
+    }
+
+    /// `W·H·Wᵀ` summed over the rows of `weight` (`[rows, n]`), and `‖W‖²` of the live columns. Weights beside the
+    /// diagonal are rounded to int8 column by column, which is seen in the fourth digit.
+    pub(crate) fn signal(&self, weight: &[f32]) -> (f64, f64) {
+        let isa = Isa::detect();
+        let (mut signal, mut norm) = (0.0, 0.0);
+        for weight in weight.chunks(SLAB_ROWS * self.n) {
+            let slab = Slab::new(isa, weight, self.n);
+            signal += slab.quadratic(isa, &self.values);
+            let columns = slab.square_sums().iter().enumerate();
+            let live = columns.filter(|&(col, _)| self.live(col));
+            norm += live.map(|(_, square)| square).sum::<f64>();
+        }
+        (signal, norm)
+    }
+
     pub(crate) fn damp(&mut self, damp: f64) {
         for i in 0..self.n {
             let value = &mut self.values[i * self.n + i];
@@ -38,8 +66,13 @@ impl Curvature {
         }
     }
 
-    fn view(&self) -> MatRef<'_, f32> {
-        MatRef::from_row_major_slice(&self.values, self.n, self.n)
+    fn view(&self) -> View<'_, f32> {
+        View::row_major(&self.values, self.n, self.n)
+    }
+
+    /// Whether the column ever saw a non-zero input.
+    fn live(&self, col: usize) -> bool {
+        self.values[col * self.n + col] > 0.0
     }
 }
 
@@ -73,31 +106,23 @@ pub(crate) fn refine(
     state.finish()
 }
 
-/// A panel under refinement; matrices are row major.
+/// A panel under refinement. Matrices have one row per column of the weight, so that the inner loops run over the
+/// panel's rows.
 struct Refinement<'a, 'b> {
+    isa: Isa,
     curvature: &'a Curvature,
     grid: &'a Grid,
+    /// `[rows, n]`.
     weight: &'a [f32],
     zeros: Option<&'a [bool]>,
     out: &'a mut Panel<'b>,
+    rows: usize,
     groups: usize,
-    /// `W − Q`, `[rows, n]`; zero for dead columns.
+    /// `W − Q`, `[n, rows]`; zero for dead columns.
     errors: Vec<f32>,
-    gained: f64,
+    /// Decrease of the loss, per row.
+    gained: Vec<f64>,
     moves: u64,
-}
-
-/// One row of one group while it is worked on.
-struct Part<'a> {
-    row: usize,
-    columns: Range<usize>,
-    params: GroupParams,
-    /// `(W−Q)·H`, of these columns.
-    gradient: &'a mut [f32],
-    /// The codes less the zero point.
-    steps: &'a mut [f32],
-    /// `steps·H` within the group.
-    bend: &'a [f32],
 }
 
 impl<'a, 'b> Refinement<'a, 'b> {
@@ -110,143 +135,247 @@ impl<'a, 'b> Refinement<'a, 'b> {
     ) -> Self {
         let n = curvature.n;
         let groups = grid.scheme().groups(n);
+        let rows = weight.len() / n;
         let mut errors = vec![0f32; weight.len()];
-        for (at, error) in errors.iter_mut().enumerate() {
-            let (row, col) = (at / n, at % n);
-            if curvature.values[col * n + col] > 0.0 {
-                let params = out.params(row * groups + grid.scheme().group_of(col));
-                *error = weight[at] - params.value(out.codes[at]);
+        for group in 0..groups {
+            for col in grid.columns(group, n).filter(|&col| curvature.live(col)) {
+                for (row, error) in errors[col * rows..][..rows].iter_mut().enumerate() {
+                    let (at, params) = (row * n + col, out.params(row * groups + group));
+                    *error = weight[at] - params.value(out.codes[at]);
+                }
             }
         }
         Self {
+            isa: Isa::detect(),
             curvature,
             grid,
             weight,
             zeros,
             out,
+            rows,
             groups,
             errors,
-            gained: 0.0,
+            gained: vec![0.0; rows],
             moves: 0,
         }
     }
 
     fn finish(self) -> Gain {
-        let error = self
-            .errors
-            .iter()
-            .map(|&e| f64::from(e) * f64::from(e))
-            .sum();
+        let square = |&e: &f32| f64::from(e) * f64::from(e);
         Gain {
-            loss: self.gained,
-            error,
+            loss: self.gained.iter().sum(),
+            error: self.errors.iter().map(square).sum(),
         }
     }
 
-    /// One group of every row: gradients as one product, then scale and codes row by row.
+    /// One group of every row: gradients as one product, then scales, then codes.
     fn group(&mut self, group: usize) {
-        let n = self.curvature.n;
-        let rows = self.weight.len() / n;
+        let (n, rows) = (self.curvature.n, self.rows);
         let columns = self.grid.columns(group, n);
         let (first, len) = (columns.start, columns.len());
         let h = self.curvature.view();
-        let product = |lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>| {
-            let mut out = vec![0f32; rows * len];
-            let view = MatMut::from_row_major_slice_mut(&mut out, rows, len);
-            matmul(view, Accum::Replace, lhs, rhs, 1.0, Par::Seq);
-            out
-        };
-        let errors = MatRef::from_row_major_slice(&self.errors, rows, n);
-        let mut gradient = product(errors, h.subcols(first, len));
-        let mut steps = Vec::with_capacity(rows * len);
-        for row in 0..rows {
-            let zero = f32::from(self.out.params(row * self.groups + group).zero_point);
+        let mut params: Vec<GroupParams> = (0..rows)
+            .map(|row| self.out.params(row * self.groups + group))
+            .collect();
+        let mut steps = vec![0f32; len * rows];
+        for (row, params) in params.iter().enumerate() {
             let codes = &self.out.codes[row * n..][columns.clone()];
-            steps.extend(codes.iter().map(|&code| f32::from(code) - zero));
-        }
-        let inside = h.submatrix(first, first, len, len);
-        let bend = product(MatRef::from_row_major_slice(&steps, rows, len), inside);
-        for row in 0..rows {
-            let span = row * len..(row + 1) * len;
-            let mut part = Part {
-                row,
-                columns: columns.clone(),
-                params: self.out.params(row * self.groups + group),
-                gradient: &mut gradient[span.clone()],
-                steps: &mut steps[span.clone()],
-                bend: &bend[span],
-            };
-            self.scale(&mut part);
-            self.codes(&mut part);
-            self.out.set(row * self.groups + group, part.params);
-        }
-    }
-
-    /// The scale with the least loss for the present codes, as far as it can be stored.
-    fn scale(&mut self, part: &mut Part<'_>) {
-        let dot = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
-        let slope = dot(part.gradient, part.steps);
-        let curvature = dot(part.bend, part.steps);
-        let wanted = part.params.scale + slope / curvature;
-        // NaN and infinity where no live column has a code off zero.
-        if !wanted.is_finite() || wanted * part.params.scale <= 0.0 {
-            return;
-        }
-        let change = storable(wanted) - part.params.scale;
-        let gain = change * (2.0 * slope - change * curvature);
-        if gain <= 0.0 {
-            return;
-        }
-        part.params.scale += change;
-        for (gradient, bend) in part.gradient.iter_mut().zip(part.bend) {
-            *gradient -= change * bend;
-        }
-        let n = self.curvature.n;
-        let errors = &mut self.errors[part.row * n..][part.columns.clone()];
-        for ((error, steps), col) in errors
-            .iter_mut()
-            .zip(&*part.steps)
-            .zip(part.columns.clone())
-        {
-            if self.curvature.values[col * n + col] > 0.0 {
-                *error -= change * steps;
+            for (steps, &code) in steps.chunks_mut(rows).zip(codes) {
+                steps[row] = f32::from(code) - f32::from(params.zero_point);
             }
         }
-        self.gained += f64::from(gain);
-        self.moves += 1;
-    }
-
-    /// Every code in turn to the one with the least loss given the others; dead columns to the nearest.
-    fn codes(&mut self, part: &mut Part<'_>) {
-        let n = self.curvature.n;
-        let rounder = self.grid.rounder(part.params);
-        for (i, col) in part.columns.clone().enumerate() {
-            let at = part.row * n + col;
-            if self.zeros.is_some_and(|zeros| zeros[at]) {
-                continue;
-            }
-            let h = &self.curvature.values[col * n..][..n];
-            let live = h[col] > 0.0;
-            let now = rounder.value(part.steps[i]);
-            let target = if live {
-                now + part.gradient[i] / h[col]
+        let order: Vec<usize> = columns.clone().collect();
+        let mut part = Part {
+            curvature: self.curvature,
+            kept: kept(self.zeros, n, rows, &order),
+            columns: columns.clone(),
+            gradient: self.product(h.subrows(first, len), &self.errors),
+            bend: self.product(h.submatrix(first, first, len, len), &steps),
+            steps,
+            errors: &mut self.errors[first * rows..][..len * rows],
+            gained: &mut self.gained,
+            moves: &mut self.moves,
+        };
+        let fit = self.isa.run(Fit(&part));
+        let changes: Vec<f32> = (params.iter_mut().zip(fit))
+            .map(|(params, fit)| part.rescale(params, fit))
+            .collect();
+        self.isa.run(Rescale(&mut part, &changes));
+        let rounders: Vec<Rounder> = params.iter().map(|&p| self.grid.rounder(p)).collect();
+        for (i, col) in columns.clone().enumerate() {
+            if self.curvature.live(col) {
+                self.isa.run(MoveCodes(&mut part, &rounders, i));
             } else {
-                self.weight[at]
-            };
-            let steps = rounder.steps(target);
-            if steps == part.steps[i] {
+                for (row, rounder) in rounders.iter().enumerate() {
+                    let at = i * rows + row;
+                    part.steps[at] = rounder.steps(self.weight[row * n + col]) * part.kept[at];
+                }
+            }
+        }
+        for (row, rounder) in rounders.iter().enumerate() {
+            let codes = &mut self.out.codes[row * n..][columns.clone()];
+            for (code, steps) in codes.iter_mut().zip(part.steps.chunks(rows)) {
+                *code = rounder.code(steps[row]);
+            }
+            self.out.set(row * self.groups + group, params[row]);
+        }
+    }
+
+    /// `h·x` for `x[.., rows]`.
+    fn product(&self, h: View<'_, f32>, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0f32; h.rows() * self.rows];
+        let x = View::row_major(x, h.cols(), self.rows);
+        product(self.isa, &mut out, self.rows, Store::Replace, h, x);
+        out
+    }
+}
+
+/// One group of all rows while it is worked on; all matrices are `[len, rows]`.
+struct Part<'a> {
+    curvature: &'a Curvature,
+    columns: Range<usize>,
+    /// 0 for what is held at zero and 1 for the rest.
+    kept: Vec<f32>,
+    /// `H·(W−Q)`, of these columns.
+    gradient: Vec<f32>,
+    /// `H·steps` within the group.
+    bend: Vec<f32>,
+    /// The codes less the zero point.
+    steps: Vec<f32>,
+    /// `W − Q` of these columns.
+    errors: &'a mut [f32],
+    gained: &'a mut [f64],
+    moves: &'a mut u64,
+}
+
+impl Part<'_> {
+    /// Gives a row's group the scale with the least loss for the present codes, as far as it can be stored, and tells
+    /// by how much it changed.
+    fn rescale(&mut self, params: &mut GroupParams, fit: RowFit) -> f32 {
+        let wanted = params.scale + fit.slope / fit.curvature;
+        // NaN and infinity where no live column has a code off zero.
+        if !wanted.is_finite() || wanted * params.scale <= 0.0 {
+            return 0.0;
+        }
+        let change = storable(wanted) - params.scale;
+        let gain = change * (2.0 * fit.slope - change * fit.curvature);
+        if gain <= 0.0 {
+            return 0.0;
+        }
+        params.scale += change;
+        self.gained[fit.row] += f64::from(gain);
+        *self.moves += 1;
+        change
+    }
+}
+
+/// The loss of one row as a parabola of its scale.
+struct RowFit {
+    row: usize,
+    slope: f32,
+    curvature: f32,
+}
+
+/// Slope and curvature of the loss along every row's scale.
+struct Fit<'a, 'b>(&'a Part<'b>);
+
+impl Vectorized for Fit<'_, '_> {
+    type Output = Vec<RowFit>;
+
+    #[inline(always)]
+    fn run(self) -> Vec<RowFit> {
+        let rows = self.0.gained.len();
+        let (mut slopes, mut curvatures) = (vec![0f32; rows], vec![0f32; rows]);
+        let columns = self.0.gradient.chunks(rows).zip(self.0.bend.chunks(rows));
+        for ((gradient, bend), steps) in columns.zip(self.0.steps.chunks(rows)) {
+            let sums = slopes.iter_mut().zip(&mut curvatures);
+            for (((slope, curvature), &steps), (&gradient, &bend)) in
+                sums.zip(steps).zip(gradient.iter().zip(bend))
+            {
+                *slope = gradient.mul_add(steps, *slope);
+                *curvature = bend.mul_add(steps, *curvature);
+            }
+        }
+        let fits = slopes.into_iter().zip(curvatures).enumerate();
+        fits.map(|(row, (slope, curvature))| RowFit {
+            row,
+            slope,
+            curvature,
+        })
+        .collect()
+    }
+}
+
+/// What the changes of the scales make of gradients and errors.
+struct Rescale<'a, 'b>(&'a mut Part<'b>, &'a [f32]);
+
+impl Vectorized for Rescale<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self(part, changes) = self;
+        let rows = changes.len();
+        let gradients = part.gradient.chunks_mut(rows).zip(part.bend.chunks(rows));
+        let errors = part.errors.chunks_mut(rows).zip(part.steps.chunks(rows));
+        for ((gradients, errors), col) in gradients.zip(errors).zip(part.columns.clone()) {
+            if !part.curvature.live(col) {
                 continue;
             }
-            part.steps[i] = steps;
-            self.out.codes[at] = rounder.code(steps);
-            if live {
-                let change = rounder.value(steps) - now;
-                self.gained += f64::from(change * (2.0 * part.gradient[i] - change * h[col]));
-                self.moves += 1;
-                self.errors[at] -= change;
-                for (gradient, &h) in part.gradient.iter_mut().zip(&h[part.columns.clone()]) {
-                    *gradient -= change * h;
-                }
+            for ((gradient, &bend), &change) in gradients.0.iter_mut().zip(gradients.1).zip(changes)
+            {
+                *gradient = change.mul_add(-bend, *gradient);
+            }
+            for ((error, &steps), &change) in errors.0.iter_mut().zip(errors.1).zip(changes) {
+                *error = change.mul_add(-steps, *error);
+            }
+        }
+    }
+}
+
+/// The codes of the group's live column `.2` to those with the least loss given all others; only the columns after it
+/// look at their gradients again.
+struct MoveCodes<'a, 'b>(&'a mut Part<'b>, &'a [Rounder], usize);
+
+impl Vectorized for MoveCodes<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self(part, rounders, i) = self;
+        let rows = rounders.len();
+        let col = part.columns.start + i;
+        let h = &part.curvature.values[col * part.curvature.n..][part.columns.clone()];
+        let curvature = h[i];
+        let (gradient, later) = part.gradient[i * rows..].split_at_mut(rows);
+        let cells = part.steps[i * rows..]
+            .iter_mut()
+            .zip(&mut part.errors[i * rows..]);
+        let mut moves = 0u32;
+        for ((((rounder, gained), gradient), &kept), (steps, error)) in rounders
+            .iter()
+            .zip(&mut *part.gained)
+            .zip(&mut *gradient)
+            .zip(&part.kept[i * rows..])
+            .zip(cells)
+        {
+            let now = rounder.value(*steps);
+            let best = rounder.steps(now + *gradient / curvature) * kept;
+            let change = rounder.value(best) - now;
+            *gained += f64::from(change * (2.0 * *gradient - change * curvature));
+            *error -= change;
+            moves += u32::from(best != *steps);
+            *steps = best;
+            // From here on the column holds what the later ones must hear of.
+            *gradient = change;
+        }
+        *part.moves += u64::from(moves);
+        if moves == 0 {
+            return;
+        }
+        for (later, &h) in later.chunks_mut(rows).zip(&h[i + 1..]) {
+            for (later, &change) in later.iter_mut().zip(&*gradient) {
+                *later = change.mul_add(-h, *later);
             }
         }
     }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::error::QuantError;
 use crate::grid::{Grid, GroupParams};
+use crate::scan::position;
 
 /// Rows that one task works on.
 const PANEL_ROWS: usize = 16;
@@ -74,7 +75,7 @@ pub fn rtn(
 /// Refuses shapes that disagree (our mistake) and weights that are not finite (the file's).
 pub(crate) fn check_weight(weight: &[f32], rows: usize, cols: usize) -> Result<(), QuantError> {
     assert_eq!(weight.len(), rows * cols, "weight is not [rows, cols]");
-    match weight.par_iter().position_first(|w| !w.is_finite()) {
+    match position(weight, |w| !w.is_finite()) {
         Some(at) => Err(QuantError::NonFiniteWeight {
             row: at / cols,
             col: at % cols,

@@ -5,28 +5,34 @@ mod common;
 use common::{Random, activations, moments};
 use qbin_quant::{Moments, QuantError};
 
-/// `Σ x·xᵀ` and `Σ |x|` in f64, with the sum of magnitudes that bounds the rounding error.
-fn definition(x: &[f32], n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
-    let (mut second, mut size, mut abs) = (vec![0.0; n * n], vec![0.0; n * n], vec![0.0; n]);
+/// `Σ x·xᵀ` and `Σ |x|` in f64.
+fn definition(x: &[f32], n: usize) -> (Vec<f64>, Vec<f64>) {
+    let (mut second, mut abs) = (vec![0.0; n * n], vec![0.0; n]);
     for x in x.chunks(n) {
         for i in 0..n {
             abs[i] += f64::from(x[i]).abs();
             for j in 0..n {
-                let product = f64::from(x[i]) * f64::from(x[j]);
-                second[i * n + j] += product;
-                size[i * n + j] += product.abs();
+                second[i * n + j] += f64::from(x[i]) * f64::from(x[j]);
             }
         }
     }
-    (second, size, abs)
+    (second, abs)
 }
 
 #[test]
 fn means_are_those_of_the_definition() {
-    // Across the borders of panels (32 rows) and slabs (1024 tokens).
-    for (n, tokens) in [(1, 1), (31, 3), (33, 1023), (40, 1025), (70, 2100)] {
+    // Across the borders of panels (32 features) and slabs (2048 tokens).
+    for (n, tokens) in [(1, 1), (31, 3), (33, 2047), (40, 2049), (70, 4100)] {
         let x = activations(&mut Random(n as u64), tokens, n);
-        let (second, size, abs) = definition(&x, n);
+        let (second, abs) = definition(&x, n);
+        let largest: Vec<f64> = (0..n)
+            .map(|i| {
+                x.iter()
+                    .skip(i)
+                    .step_by(n)
+                    .fold(0f64, |m, &v| m.max(f64::from(v).abs()))
+            })
+            .collect();
         let mut parts = Moments::new(n);
         for part in x.chunks(n * tokens.div_ceil(3)) {
             parts.add(part).unwrap();
@@ -43,8 +49,9 @@ fn means_are_those_of_the_definition() {
             let hessian = got.finish();
             for i in 0..n * n {
                 let expected = 2.0 * second[i] / tokens as f64;
-                // A sum of at most 1024 f32 products, each rounded once when added.
-                let tolerance = 1024.0 * f64::from(f32::EPSILON) * 2.0 * size[i] / tokens as f64;
+                // Each factor is off by at most half a step of 1/127 of its channel's largest.
+                let size = largest[i / n] * largest[i % n];
+                let tolerance = 2.0 * size * (2.0 * 0.501 / 127.0 + (0.501f64 / 127.0).powi(2));
                 let value = hessian.values()[i];
                 assert!(
                     (value - expected).abs() <= tolerance,
@@ -57,6 +64,24 @@ fn means_are_those_of_the_definition() {
                 assert!((square - expected).abs() <= 1e-12 * expected);
             }
         }
+    }
+}
+
+#[test]
+fn inputs_of_few_values_have_exact_moments() {
+    let (n, tokens) = (70, 2048);
+    let x = activations(&mut Random(8), tokens, n);
+    let (second, _) = definition(&x, n);
+    let hessian = moments(&x, n).finish();
+    for (i, value) in hessian.values().iter().enumerate() {
+        let expected = 2.0 * second[i] / tokens as f64;
+        let size = 2.0 * (second[i / n * (n + 1)] * second[i % n * (n + 1)]).sqrt() / tokens as f64;
+        // The step and every input were rounded to f32.
+        let tolerance = 4.0 * f64::from(f32::EPSILON) * size;
+        assert!(
+            (value - expected).abs() <= tolerance,
+            "{i}: {value} {expected}"
+        );
     }
 }
 

@@ -1,32 +1,19 @@
-//! The one place where a dense f32 matrix product is computed.
+//! The dense f32 matrix product of the reference path.
 //!
 //! It is sequential on purpose: callers split the work by shape and hand the pieces to rayon, so that a
 //! result never depends on the number of threads.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use crate::kernels::Isa;
+use crate::kernels::gemm::{Store, View, product};
 
 /// `out[m, n] = x[m, k] · w[n, k]ᵀ`, all row major.
 ///
 /// # Panics
 /// If a slice has another length than its shape asks for.
 pub fn matmul_nt(out: &mut [f32], x: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) {
-    // Not the constructors with a row stride: in faer 0.24.4 the mutable one takes its strides the wrong
-    // way round and writes out of bounds.
-    let out = MatMut::from_row_major_slice_mut(out, m, n);
-    let x = MatRef::from_row_major_slice(x, m, k);
-    let w = MatRef::from_row_major_slice(w, n, k);
-    matmul_view(out, x, w.transpose(), 1.0);
-}
-
-/// `out[m, n] = alpha · x[m, k] · w[k, n]`, on views.
-pub(crate) fn matmul_view(
-    out: MatMut<'_, f32>,
-    x: MatRef<'_, f32>,
-    w: MatRef<'_, f32>,
-    alpha: f32,
-) {
-    matmul(out, Accum::Replace, x, w, alpha, Par::Seq);
+    assert_eq!(out.len(), m * n, "out is not [m, n]");
+    let (x, w) = (View::row_major(x, m, k), View::row_major(w, n, k));
+    product(Isa::detect(), out, n, Store::Replace, x, w.transpose());
 }
 
 #[cfg(test)]

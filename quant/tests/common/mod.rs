@@ -30,7 +30,8 @@ impl Random {
     }
 }
 
-/// `[tokens, n]`: correlated channels of unequal size, as a hidden state has them.
+/// `[tokens, n]`: correlated channels of unequal size, as a hidden state has them. They have at most 255 values each,
+/// so that second moments of all tokens together are exact.
 pub(crate) fn activations(random: &mut Random, tokens: usize, n: usize) -> Vec<f32> {
     let size: Vec<f64> = (0..n).map(|_| (0.8 * random.normal()).exp()).collect();
     let rank = n.div_ceil(4);
@@ -47,6 +48,13 @@ pub(crate) fn activations(random: &mut Random, tokens: usize, n: usize) -> Vec<f
                 .map(|(k, z)| z * mix[k * n + col])
                 .sum();
             x.push((size[col] * (shared + 0.5 * random.normal())) as f32);
+        }
+    }
+    for col in 0..n {
+        let channel = || x.iter().skip(col).step_by(n);
+        let step = channel().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+        for value in x.iter_mut().skip(col).step_by(n) {
+            *value = (*value / step).round() * step;
         }
     }
     x

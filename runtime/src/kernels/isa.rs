@@ -132,7 +132,7 @@ impl Isa {
     /// Runs work compiled for this level's vectors. The compiler neither reorders nor fuses float operations, so the
     /// result is the same at every level.
     #[inline]
-    pub(crate) fn run<W: Vectorized>(self, work: W) -> W::Output {
+    pub fn run<W: Vectorized>(self, work: W) -> W::Output {
         match self.level {
             // SAFETY: an `Isa` of this level exists only where detection found these features.
             #[cfg(target_arch = "x86_64")]
@@ -140,6 +140,10 @@ impl Isa {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 | Level::AvxVnni => unsafe { run_avx2(work) },
+            // Without the instruction every multiply-add is a library call, with the same result.
+            // SAFETY: just detected.
+            #[cfg(target_arch = "x86_64")]
+            Level::Scalar if is_x86_feature_detected!("fma") => unsafe { run_fma(work) },
             // NEON itself is part of every AArch64 target, so the portable code already uses it.
             _ => work.run(),
         }
@@ -147,7 +151,7 @@ impl Isa {
 }
 
 /// Work written in portable Rust that is compiled again for each instruction set by [`Isa::run`].
-pub(crate) trait Vectorized {
+pub trait Vectorized {
     /// What it returns.
     type Output;
 
@@ -168,6 +172,14 @@ unsafe fn run_avx512<W: Vectorized>(work: W) -> W::Output {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn run_avx2<W: Vectorized>(work: W) -> W::Output {
+    work.run()
+}
+
+/// # Safety
+/// The CPU has this feature.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "fma")]
+unsafe fn run_fma<W: Vectorized>(work: W) -> W::Output {
     work.run()
 }
 

@@ -11,6 +11,8 @@ mod activations;
 pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod elementwise;
+pub mod gemm;
+pub mod gram;
 mod isa;
 pub mod limits;
 pub(crate) mod logits;
@@ -18,6 +20,6 @@ mod pool;
 mod quantized;
 
 pub use activations::{ActivationRows, Activations, activation_group};
-pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
+pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel, Vectorized};
 pub use pool::{Columns, Pool, default_threads};
 pub use quantized::matmul;

@@ -1,0 +1,255 @@
+//! Sums over tokens of outer products, `Σ x·xᵀ`, of inputs rounded to eight bits.
+//!
+//! Each feature of a slab of tokens is rounded to int8 with a scale of its own, its largest magnitude over 127; the
+//! integer sums are then exact, so that a result depends neither on the instruction set nor on the order of the work.
+//! The rounded inputs' moments are those of some inputs, hence positive semidefinite like the exact ones.
+
+mod round;
+mod tile;
+
+use super::isa::{Isa, Vectorized};
+use rayon::prelude::*;
+use round::PanelRounding;
+use tile::{Sums, WIDTH};
+
+/// Tokens of the bytes of one code word.
+const QUAD: usize = 4;
+/// Panels of rows that share each panel of columns read: together they stay in a 1 MiB second cache.
+const SHARING: usize = 4;
+/// Panels of columns whose sums are added together: a row of the result is then touched in long runs.
+const RUN: usize = 8;
+/// The most tokens of a slab: their sums of products of codes fit 32 bits (`255·127·65536 < 2³¹`).
+const MOST_TOKENS: usize = 1 << 16;
+
+/// A slab of tokens, rounded feature by feature.
+pub struct Slab {
+    features: usize,
+    /// Code words of a panel of features.
+    panel_len: usize,
+    /// `[panels][quads][WIDTH]`: bytes are four tokens' codes of one feature, plus 128.
+    words: Vec<u32>,
+    /// What a step of the code is worth, per feature.
+    scales: Vec<f32>,
+    /// `Σ codes` per feature.
+    sums: Vec<i32>,
+    abs_sums: Vec<f64>,
+    square_sums: Vec<f64>,
+}
+
+impl Slab {
+    /// Rounds `x` (`[tokens, features]`, row major, finite).
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of tokens, or more than 65536 of them.
+    pub fn new(isa: Isa, x: &[f32], features: usize) -> Self {
+        assert!(
+            x.len().is_multiple_of(features),
+            "x is not [tokens, features]"
+        );
+        let tokens = x.len() / features;
+        assert!(tokens <= MOST_TOKENS, "{tokens} tokens overflow 32 bits");
+        let panel_len = tokens.div_ceil(QUAD) * WIDTH;
+        let padded = features.next_multiple_of(WIDTH);
+        let mut slab = Self {
+            features,
+            panel_len,
+            words: vec![0; padded / WIDTH * panel_len],
+            scales: vec![0.0; padded],
+            sums: vec![0; padded],
+            abs_sums: vec![0.0; padded],
+            square_sums: vec![0.0; padded],
+        };
+        if tokens == 0 {
+            return slab;
+        }
+        (
+            slab.words.par_chunks_mut(panel_len),
+            slab.scales.par_chunks_mut(WIDTH),
+            slab.sums.par_chunks_mut(WIDTH),
+            slab.abs_sums.par_chunks_mut(WIDTH),
+            slab.square_sums.par_chunks_mut(WIDTH),
+        )
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(panel, (words, scales, sums, abs_sums, square_sums))| {
+                isa.run(PanelRounding {
+                    x,
+                    features,
+                    first: panel * WIDTH,
+                    words,
+                    scales,
+                    sums,
+                    abs_sums,
+                    square_sums,
+                });
+            });
+        slab
+    }
+
+    /// `Σ |x|` over the tokens, `[features]`, before rounding.
+    pub fn abs_sums(&self) -> &[f64] {
+        &self.abs_sums[..self.features]
+    }
+
+    /// `Σ x²` over the tokens, `[features]`, before rounding.
+    pub fn square_sums(&self) -> &[f64] {
+        &self.square_sums[..self.features]
+    }
+
+    /// Adds `Σ x·xᵀ` to `second` (`[features, features]`, row major), columns at and before each row's own only.
+    ///
+    /// # Panics
+    /// If `second` has another shape.
+    pub fn add_to(&self, isa: Isa, second: &mut [f64]) {
+        let n = self.features;
+        assert_eq!(second.len(), n * n, "second is not [features, features]");
+        if self.words.is_empty() {
+            return;
+        }
+        // The lower rows are longer and come first, so that the last tasks are short.
+        second
+            .par_chunks_mut(SHARING * WIDTH * n)
+            .enumerate()
+            .rev()
+            .for_each(|(task, rows)| self.add_rows(isa, task * SHARING, rows));
+    }
+
+    /// The rows from panel `first` on.
+    fn add_rows(&self, isa: Isa, first: usize, rows: &mut [f64]) {
+        let n = self.features;
+        let last = first + (rows.len() / n).div_ceil(WIDTH);
+        let mut sums = vec![[[0; WIDTH]; WIDTH]; RUN];
+        for start in (0..last).step_by(RUN) {
+            for (left, rows) in (first..last).zip(rows.chunks_mut(WIDTH * n)) {
+                let sums = &mut sums[..(left + 1).saturating_sub(start).min(RUN)];
+                for (right, sums) in (start..).zip(&mut *sums) {
+                    tile::products(isa, self.panel(left), self.panel(right), sums);
+                }
+                isa.run(AddTiles {
+                    slab: self,
+                    left,
+                    start,
+                    sums,
+                    rows,
+                });
+            }
+        }
+    }
+
+    /// `Σ x·M·xᵀ` over the tokens for a symmetric `m` (`[features, features]`). The squares on the diagonal of `Σ xᵀ·x`
+    /// are taken from the inputs as they were, so that rounding, which is about independent from feature to feature,
+    /// adds nothing in the mean.
+    ///
+    /// # Panics
+    /// If `m` has another shape.
+    pub fn quadratic(&self, isa: Isa, m: &[f32]) -> f64 {
+        let n = self.features;
+        assert_eq!(m.len(), n * n, "m is not [features, features]");
+        if self.words.is_empty() {
+            return 0.0;
+        }
+        let diagonal = m.iter().step_by(n + 1).zip(&self.square_sums);
+        let squares: f64 = diagonal.map(|(&m, square)| f64::from(m) * square).sum();
+        let parts: Vec<f64> = m
+            .par_chunks(WIDTH * n)
+            .enumerate()
+            .map(|(left, rows)| self.quadratic_rows(isa, left, rows))
+            .collect();
+        // In the order of the panels, so that the sum is the same for every number of threads.
+        squares + 2.0 * parts.iter().sum::<f64>()
+    }
+
+    /// The part of panel `left` with the features before each of its own; `rows` are those of `m`.
+    fn quadratic_rows(&self, isa: Isa, left: usize, rows: &[f32]) -> f64 {
+        let mut sums: Sums = [[0; WIDTH]; WIDTH];
+        let mut total = 0.0;
+        for right in 0..=left {
+            tile::products(isa, self.panel(left), self.panel(right), &mut sums);
+            total += isa.run(Weighted {
+                slab: self,
+                left,
+                right,
+                sums: &sums,
+                rows,
+            });
+        }
+        total
+    }
+
+    fn panel(&self, panel: usize) -> &[u32] {
+        &self.words[panel * self.panel_len..][..self.panel_len]
+    }
+}
+
+/// Adds the sums of panel `left` and those from `start` on to the rows of panel `left`, row by row; the left codes
+/// carry 128 too much.
+struct AddTiles<'a> {
+    slab: &'a Slab,
+    left: usize,
+    start: usize,
+    sums: &'a [Sums],
+    /// `[rows of the panel, features]`.
+    rows: &'a mut [f64],
+}
+
+impl Vectorized for AddTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let slab = self.slab;
+        let first = self.start * WIDTH;
+        let width = self.sums.len() * WIDTH;
+        let others = slab.scales[first..][..width].as_chunks::<WIDTH>().0;
+        let codes = slab.sums[first..][..width].as_chunks::<WIDTH>().0;
+        for (at, row) in self.rows.chunks_mut(slab.features).enumerate() {
+            let feature = self.left * WIDTH + at;
+            let scale = f64::from(slab.scales[feature]);
+            let row = &mut row[..=feature];
+            for (i, (others, codes)) in others.iter().zip(codes).enumerate() {
+                let sums = &self.sums[i][at];
+                let row = &mut row[first + i * WIDTH..];
+                let values = row.iter_mut().zip(sums).zip(others.iter().zip(codes));
+                for ((value, &sum), (&other, &codes)) in values {
+                    *value += scale * f64::from(other) * f64::from(sum - 128 * codes);
+                }
+            }
+        }
+    }
+}
+
+/// The products of panels `left` × `right`, weighted with the rows of a matrix, below the diagonal only.
+struct Weighted<'a> {
+    slab: &'a Slab,
+    left: usize,
+    right: usize,
+    sums: &'a Sums,
+    /// `[rows of the panel, features]`.
+    rows: &'a [f32],
+}
+
+impl Vectorized for Weighted<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let slab = self.slab;
+        let start = self.right * WIDTH;
+        let mut totals = [0f64; WIDTH];
+        for (at, (row, sums)) in self.rows.chunks(slab.features).zip(self.sums).enumerate() {
+            let feature = self.left * WIDTH + at;
+            let end = (start + WIDTH).min(feature);
+            let scale = f64::from(slab.scales[feature]);
+            let others = slab.scales[start..end].iter().zip(&slab.sums[start..end]);
+            let terms = row[start..end].iter().zip(sums).zip(others);
+            for (total, ((&m, &sum), (&other, &codes))) in totals.iter_mut().zip(terms) {
+                let product = scale * f64::from(other) * f64::from(sum - 128 * codes);
+                *total += f64::from(m) * product;
+            }
+        }
+        totals.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests;
