@@ -26,9 +26,6 @@ pub(crate) const SPLIT: usize = 8 * PAGE;
 /// independent sums for every machine.
 const QUERIES: usize = 6;
 
-/// Lanes of a partial sum of probabilities.
-const LANES: usize = 16;
-
 /// Some queries that look at the same key-value head.
 pub(crate) struct Queries<'a> {
     /// `[queries, head_dim]`, rotated, multiplied by `1/√head_dim`.
@@ -139,7 +136,7 @@ struct Pages<'a> {
     scores: &'a mut [f32],
 }
 
-/// The same with `LANES` columns of a product in registers.
+/// The same with `WIDTH` columns of a product in registers.
 struct Wide<'a, const WIDTH: usize>(Pages<'a>);
 
 impl<const WIDTH: usize> Vectorized for Wide<'_, WIDTH> {
@@ -192,29 +189,19 @@ fn softmax_step(
     sum: &mut f32,
     mixed: &mut [f32],
 ) {
-    let scores: &mut [f32; PAGE] = scores.try_into().expect("a page of scores");
-    let visible = |at: usize| seen.start <= at && at < seen.end;
-    let mut lanes = [*max; LANES];
-    for (at, score) in scores.iter_mut().enumerate() {
-        // NaN stays: a maximum passes it over, but its exponential does not.
-        *score = if visible(at) {
-            *score
-        } else {
-            f32::NEG_INFINITY
-        };
-        let lane = &mut lanes[at % LANES];
-        *lane = if *score > *lane { *score } else { *lane };
+    let blank = |scores: &mut [f32], value: f32| {
+        scores[..seen.start].fill(value);
+        scores[seen.end..].fill(value);
+    };
+    blank(scores, f32::NEG_INFINITY);
+    // A NaN is passed over here, but its exponential is not.
+    let page = math::max(scores);
+    let new = if page > *max { page } else { *max };
+    for score in scores.iter_mut() {
+        *score = math::exp(*score - new);
     }
-    let new = lanes
-        .iter()
-        .fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
-    let mut partial = [0.0; LANES];
-    for (at, score) in scores.iter_mut().enumerate() {
-        let p = math::exp(*score - new);
-        *score = if visible(at) { p } else { 0.0 };
-        partial[at % LANES] += *score;
-    }
-    let added = partial.iter().fold(0.0, |sum, p| sum + p);
+    blank(scores, 0.0);
+    let added = math::sum(scores, |p| p);
     if new > *max {
         let correction = math::exp(*max - new);
         *sum *= correction;

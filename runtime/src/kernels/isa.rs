@@ -153,7 +153,7 @@ pub(crate) trait Vectorized {
 /// # Safety
 /// The CPU has these features.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn run_avx512<W: Vectorized>(work: W) -> W::Output {
     work.run()
 }

@@ -9,10 +9,21 @@
 //! with one rounding for the product of the scales and one for the FMA. The integers are exact, and so is their
 //! conversion: a group has at most 128 columns ([`activation_group`](super::activation_group)), hence
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
+//!
+//! Where to look: `portable` is the definition, `blocks` the algorithm of the fast kernels over `vectors`, which one
+//! file per instruction set implements.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod blocks;
 mod output;
 mod panel;
 mod portable;
+#[cfg(test)]
+mod tests;
+mod vectors;
 
 use std::ops::Range;
 
@@ -24,7 +35,6 @@ use super::activations::{Activations, activation_group};
 use super::isa::Isa;
 use super::pool::Columns;
 use output::Panels;
-use portable::Product;
 
 /// Writes rows `16 · panels` of `W·x` for every token of `x`.
 ///
@@ -41,13 +51,57 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
         (x.tokens(), w.rows),
         "shape of the output"
     );
-    let claimed = out.claim(panels.clone());
-    isa.run(Product {
+    let product = Product {
         w,
         x,
-        panels,
-        out: claimed,
-    });
+        panels: panels.clone(),
+        out: out.claim(panels),
+    };
+    product.run_at(isa);
+}
+
+/// Rows `16 · panels` of `W·x` for every token.
+struct Product<'a, 'o> {
+    w: &'a QuantizedView<'a>,
+    x: &'a Activations,
+    panels: Range<usize>,
+    out: Panels<'o>,
+}
+
+impl Product<'_, '_> {
+    fn run_at(self, isa: Isa) {
+        match blocks::serves(self.x.group()) {
+            true => vectorized(isa, self),
+            false => isa.run(self),
+        }
+    }
+}
+
+/// The product of groups that the vector kernels serve.
+#[cfg(target_arch = "x86_64")]
+fn vectorized(isa: Isa, product: Product) {
+    use avx2::{Bytes, Halves, Nibbles, Vnni};
+    if let Some(v) = avx512::Avx512::of(isa) {
+        blocks::run(v, product);
+    } else if let Some(v) = Halves::<Vnni>::of(isa) {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 4
+        && let Some(v) = Halves::<Nibbles>::of(isa)
+    {
+        blocks::run(v, product);
+    } else if product.w.scheme.bits == 8
+        && let Some(v) = Halves::<Bytes>::of(isa)
+    {
+        blocks::run(v, product);
+    } else {
+        isa.run(product);
+    }
+}
+
+/// The product of groups that the vector kernels serve.
+#[cfg(not(target_arch = "x86_64"))]
+fn vectorized(isa: Isa, product: Product) {
+    isa.run(product);
 }
 
 /// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
@@ -70,13 +124,13 @@ pub fn matmul_columns(
     assert_eq!(out.rows(), x.tokens(), "tokens of output and activations");
     let panels = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
     check(w, x);
-    let claimed = Panels::of_columns(out, rows);
-    isa.run(Product {
+    let product = Product {
         w,
         x,
         panels,
-        out: claimed,
-    });
+        out: Panels::of_columns(out, rows),
+    };
+    product.run_at(isa);
 }
 
 #[track_caller]

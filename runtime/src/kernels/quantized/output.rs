@@ -125,15 +125,41 @@ impl<'a> Panels<'a> {
     /// If the panel is not one of these, or there is no such token.
     #[inline(always)]
     pub(super) fn write(&mut self, token: usize, panel: usize, values: &[f32; TILE_ROWS]) {
+        self.rows(token, panel)
+            .iter_mut()
+            .zip(values)
+            .for_each(|(to, from)| *to = *from);
+    }
+
+    /// What was written before for a panel's rows and one token; 0 beyond the last row.
+    ///
+    /// # Panics
+    /// As [`Self::write`].
+    #[inline(always)]
+    pub(super) fn read(&mut self, token: usize, panel: usize) -> [f32; TILE_ROWS] {
+        let mut values = [0.0; TILE_ROWS];
+        values
+            .iter_mut()
+            .zip(self.rows(token, panel))
+            .for_each(|(to, from)| *to = *from);
+        values
+    }
+
+    /// Where that will be written, to be fetched.
+    #[inline(always)]
+    pub(super) fn address(&self, token: usize, panel: usize) -> *const u8 {
+        let at = token * self.stride + panel * TILE_ROWS - self.rows.start;
+        self.first.wrapping_add(at).cast()
+    }
+
+    #[inline(always)]
+    fn rows(&mut self, token: usize, panel: usize) -> &mut [f32] {
         let row = panel * TILE_ROWS;
         assert!(self.rows.contains(&row) && token < self.tokens);
-        let len = TILE_ROWS.min(self.rows.end - row);
+        let at = token * self.stride + row - self.rows.start;
         // SAFETY: token and row are inside the columns that were borrowed mutably or claimed for this value alone.
         unsafe {
-            let to = self
-                .first
-                .add(token * self.stride + (row - self.rows.start));
-            std::ptr::copy_nonoverlapping(values.as_ptr(), to, len);
+            std::slice::from_raw_parts_mut(self.first.add(at), TILE_ROWS.min(self.rows.end - row))
         }
     }
 }

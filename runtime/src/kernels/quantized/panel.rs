@@ -48,6 +48,18 @@ impl<'a> Panel<'a> {
         std::array::from_fn(|row| codes[row].map(|code| code >> shift & mask))
     }
 
+    /// Stored scales of a weight group, f16.
+    #[inline(always)]
+    pub(super) fn stored_scales(&self, group: usize) -> &'a [u8; 2 * TILE_ROWS] {
+        &self.scales.as_chunks().0[group]
+    }
+
+    /// Stored zero points of a weight group of an asymmetric scheme.
+    #[inline(always)]
+    pub(super) fn stored_zero_points(&self, group: usize) -> &'a [u8; TILE_ROWS] {
+        &self.zero_points.as_chunks().0[group]
+    }
+
     /// Scales of a weight group, one per row.
     #[inline(always)]
     pub(super) fn scales(&self, group: usize) -> [f32; TILE_ROWS] {

@@ -1,22 +1,12 @@
 //! The definition of the product, in portable Rust. It serves every group size; the vector kernels of the other files
 //! serve multiples of 32 columns.
 
-use std::ops::Range;
+use qbin_format::TILE_ROWS;
 
-use qbin_format::{QuantizedView, TILE_ROWS};
-
-use super::output::Panels;
+use super::Product;
 use super::panel::Panel;
 use crate::kernels::activations::Activations;
 use crate::kernels::isa::Vectorized;
-
-/// Rows `16 · panels` of `W·x` for every token.
-pub(super) struct Product<'a, 'o> {
-    pub(super) w: &'a QuantizedView<'a>,
-    pub(super) x: &'a Activations,
-    pub(super) panels: Range<usize>,
-    pub(super) out: Panels<'o>,
-}
 
 impl Vectorized for Product<'_, '_> {
     type Output = ();

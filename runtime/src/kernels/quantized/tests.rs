@@ -1,0 +1,248 @@
+//! Every instruction set against the definition, and the definition against real arithmetic.
+
+use half::f16;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Output, matmul};
+use crate::kernels::{Activations, Isa};
+
+/// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
+fn weights(scheme: Scheme, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> QuantizedMatrix {
+    let max = u8::MAX >> (8 - scheme.bits);
+    let groups = rows * scheme.groups(cols);
+    let mut extremes = |len: usize| -> Vec<u8> {
+        let code = |_| match rng.random_range(0..4) {
+            0 => 0,
+            1 => max,
+            _ => rng.random_range(0..=max),
+        };
+        (0..len).map(code).collect()
+    };
+    let codes = extremes(rows * cols);
+    let zero_points = if scheme.symmetric {
+        Vec::new()
+    } else {
+        extremes(groups)
+    };
+    let scale = |_| match rng.random_range(0..8) {
+        0 => f16::from_bits(rng.random_range(0..40)),
+        _ => f16::from_f32(rng.random_range(0.001..0.1)),
+    };
+    let scales = (0..groups).map(scale).collect();
+    QuantizedMatrix {
+        scheme,
+        rows,
+        cols,
+        codes,
+        scales,
+        zero_points,
+    }
+}
+
+/// Random activations, some groups of extremes only.
+fn inputs(tokens: usize, cols: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    let mut x: Vec<f32> = (0..tokens * cols)
+        .map(|_| rng.random_range(-1.0..1.0))
+        .collect();
+    for x in x.chunks_mut(97).step_by(3) {
+        x.iter_mut().for_each(|x| *x = x.signum());
+    }
+    x
+}
+
+fn product(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let w = packed.view();
+    let activations = Activations::quantize(isa, x, w.cols, w.scheme);
+    let mut out = vec![f32::NAN; activations.tokens() * w.rows];
+    matmul(
+        isa,
+        &w,
+        0..w.rows.div_ceil(16),
+        &activations,
+        &Output::new(&mut out, w.rows),
+    );
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn schemes() -> impl Strategy<Value = Scheme> {
+    let groups = [4, 6, 20, 32, 64, 96, 128, 256, 1000].map(Some);
+    let groups = prop::sample::select([&groups[..], &[None]].concat());
+    let bits = prop::sample::select(vec![4, 8]);
+    (bits, groups, any::<bool>()).prop_map(|(bits, group_size, symmetric)| Scheme {
+        bits,
+        group_size,
+        symmetric,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 200,
+        rng_seed: RngSeed::Fixed(0x71_62_69_6e),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn every_level_gives_the_bits_of_the_definition(
+        scheme in schemes(), rows in 1..150_usize, cols in 1..420_usize, tokens in 1..=40_usize, seed: u64,
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let packed = PackedMatrix::pack(&weights(scheme, rows, cols, &mut rng));
+        let x = inputs(tokens, cols, &mut rng);
+        let levels = Isa::available();
+        let expected = product(levels[0], &packed, &x);
+        for isa in levels {
+            prop_assert_eq!(bits(&product(isa, &packed, &x)), bits(&expected), "{}", isa.level());
+        }
+    }
+
+    #[test]
+    fn many_tokens_are_as_many_single_ones(
+        scheme in schemes(), rows in 1..100_usize, cols in 1..300_usize, tokens in 2..=20_usize, seed: u64,
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let packed = PackedMatrix::pack(&weights(scheme, rows, cols, &mut rng));
+        let x = inputs(tokens, cols, &mut rng);
+        for isa in Isa::available() {
+            let single: Vec<f32> = x.chunks(cols).flat_map(|x| product(isa, &packed, x)).collect();
+            prop_assert_eq!(bits(&product(isa, &packed, &x)), bits(&single), "{}", isa.level());
+        }
+    }
+}
+
+/// Wide enough for several passes over the columns and tokens; the last group of columns is short.
+#[test]
+fn large_products_are_cut_without_a_trace() {
+    for (bits_, group_size, symmetric) in
+        [(4, Some(128), false), (8, None, true), (4, Some(96), true)]
+    {
+        let scheme = Scheme {
+            bits: bits_,
+            group_size,
+            symmetric,
+        };
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let packed = PackedMatrix::pack(&weights(scheme, 83, 4100, &mut rng));
+        let x = inputs(101, 4100, &mut rng);
+        let levels = Isa::available();
+        let expected = product(levels[0], &packed, &x);
+        for isa in levels {
+            assert_eq!(
+                bits(&product(isa, &packed, &x)),
+                bits(&expected),
+                "{}",
+                isa.level()
+            );
+        }
+    }
+}
+
+/// The definition against f64 arithmetic on the same codes. Per group, at most three roundings separate the two: the
+/// product of the scales, the FMA, and the sum so far of all groups before.
+#[test]
+fn definition_follows_real_arithmetic() {
+    for group_size in [Some(4), Some(6), Some(32), Some(128), None] {
+        for (bits, symmetric) in [(4, true), (4, false), (8, true), (8, false)] {
+            let scheme = Scheme {
+                bits,
+                group_size,
+                symmetric,
+            };
+            let mut rng = ChaCha8Rng::seed_from_u64(3);
+            let (rows, cols, tokens) = (21, 300, 3);
+            let matrix = weights(scheme, rows, cols, &mut rng);
+            let w = matrix.dequantize();
+            let x = inputs(tokens, cols, &mut rng);
+            let a = Activations::quantize(Isa::available()[0], &x, cols, scheme);
+            let y = product(Isa::available()[0], &PackedMatrix::pack(&matrix), &x);
+            for token in 0..tokens {
+                for row in 0..rows {
+                    let value = |col: usize| {
+                        f64::from(a.codes(token)[col]) * f64::from(a.scales(token)[col / a.group()])
+                    };
+                    let terms = (0..cols).map(|col| f64::from(w[row * cols + col]) * value(col));
+                    let (exact, magnitude) = terms.fold((0.0, 0.0), |(sum, abs), term| {
+                        (sum + term, abs + term.abs())
+                    });
+                    // `dequantize` itself rounds each weight once more.
+                    let tol = (a.groups() + 3) as f64 * f64::from(f32::EPSILON) * magnitude;
+                    let got = f64::from(y[token * rows + row]);
+                    assert!(
+                        (got - exact).abs() <= tol,
+                        "{scheme:?} [{token}, {row}]: {got} is not {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn panels_may_be_written_by_several_threads() {
+    let scheme = Scheme {
+        bits: 4,
+        group_size: Some(32),
+        symmetric: false,
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let packed = PackedMatrix::pack(&weights(scheme, 1100, 70, &mut rng));
+    let (w, x) = (packed.view(), inputs(9, 70, &mut rng));
+    let isa = Isa::detect();
+    let activations = Activations::quantize(isa, &x, 70, scheme);
+    let mut out = vec![f32::NAN; 9 * 1100];
+    let output = Output::new(&mut out, 1100);
+    std::thread::scope(|scope| {
+        for panels in [0..3, 3..68, 68..69] {
+            let (w, activations, output) = (&w, &activations, &output);
+            scope.spawn(move || matmul(isa, w, panels, activations, output));
+        }
+    });
+    assert_eq!(bits(&out), bits(&product(isa, &packed, &x)));
+}
+
+#[test]
+#[should_panic(expected = "were written before")]
+fn a_panel_is_written_once() {
+    let mut out = [0.0; 16 * 130];
+    let output = Output::new(&mut out, 16 * 130);
+    output.claim(0..64);
+    output.claim(64..130);
+    output.claim(127..128);
+}
+
+#[test]
+fn a_token_that_is_not_finite_spoils_itself_only() {
+    let scheme = Scheme {
+        bits: 8,
+        group_size: Some(32),
+        symmetric: true,
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let packed = PackedMatrix::pack(&weights(scheme, 40, 64, &mut rng));
+    let mut x = inputs(8, 64, &mut rng);
+    let clean = product(Isa::detect(), &packed, &x);
+    x[2 * 64 + 50] = f32::INFINITY;
+    x[5 * 64] = f32::NAN;
+    for isa in Isa::available() {
+        let y = product(isa, &packed, &x);
+        for (token, (y, clean)) in y.chunks(40).zip(clean.chunks(40)).enumerate() {
+            match token {
+                2 | 5 => assert!(
+                    y.iter().all(|y| y.is_nan()),
+                    "{}: token {token}",
+                    isa.level()
+                ),
+                _ => assert_eq!(bits(y), bits(clean)),
+            }
+        }
+    }
+}

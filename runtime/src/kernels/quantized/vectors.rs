@@ -1,0 +1,64 @@
+//! What the product needs of an instruction set.
+
+use crate::kernels::isa::Vectorized;
+
+/// Vectors over the 16 rows of a panel. A value of an implementation is the proof that its instructions may be
+/// executed; its methods are `#[inline(always)]`, so that they are compiled for the features of their caller.
+pub(super) trait Vectors: Copy {
+    /// Codes of 16 rows × 4 columns, one per byte.
+    type Codes: Copy;
+    /// Four activations, once for each row.
+    type Quad: Copy;
+    /// A sum in progress for each row.
+    type Sum: Copy;
+    /// One i32 for each row.
+    type Int: Copy;
+    /// One f32 for each row.
+    type Float: Copy;
+
+    /// What [`Self::dot`] takes off each code.
+    const CENTRE: i32;
+    /// Panels of the largest block whose sums stay in registers.
+    const PANELS: usize;
+    /// Tokens of that block.
+    const TOKENS: usize;
+
+    /// Runs work compiled for these instructions.
+    fn run<W: Vectorized>(self, work: W) -> W::Output;
+    /// Codes as they are stored with 8 bits.
+    fn codes(self, bytes: &[u8; 64]) -> Self::Codes;
+    /// Codes from the low nibbles.
+    fn low(self, bytes: &[u8; 64]) -> Self::Codes;
+    /// Codes from the high nibbles.
+    fn high(self, bytes: &[u8; 64]) -> Self::Codes;
+    /// Four activations for every row.
+    fn quad(self, activations: &[i8; 4]) -> Self::Quad;
+    /// A sum that begins with `start`.
+    fn start(self, start: Self::Int) -> Self::Sum;
+    /// Adds `(code − CENTRE) · activation` of four columns, exactly.
+    fn dot(self, sum: Self::Sum, codes: Self::Codes, quad: Self::Quad) -> Self::Sum;
+    /// To be called after every 32 columns: an implementation may sum that many in fewer bits.
+    fn carry(self, sum: Self::Sum) -> Self::Sum;
+    /// The sum after a [`Self::carry`].
+    fn total(self, sum: Self::Sum) -> Self::Int;
+    /// The same integer for each row.
+    fn splat(self, value: i32) -> Self::Int;
+    /// `a + b`.
+    fn plus(self, a: Self::Int, b: Self::Int) -> Self::Int;
+    /// `zero_points · sum` for a sum of activations of at most 128 columns, which fits i16.
+    fn times(self, zero_points: Self::Int, sum: i32) -> Self::Int;
+    /// Stored zero points less [`Self::CENTRE`].
+    fn zero_points(self, bytes: &[u8; 16]) -> Self::Int;
+    /// Stored f16 scales.
+    fn scales(self, bytes: &[u8; 32]) -> Self::Float;
+    /// 0 for each row.
+    fn zero(self) -> Self::Float;
+    /// `fma(scales · scale, f32(sums), y)`.
+    fn add(self, y: Self::Float, scales: Self::Float, scale: f32, sums: Self::Int) -> Self::Float;
+    /// One value for each row.
+    fn values(self, rows: &[f32; 16]) -> Self::Float;
+    /// The values of the rows.
+    fn rows(self, y: Self::Float) -> [f32; 16];
+    /// Asks for the cache line at an address, which need not be valid.
+    fn prefetch(self, address: *const u8);
+}
