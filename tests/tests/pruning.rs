@@ -56,7 +56,7 @@ fn a_pruned_folder_is_the_checkpoint_with_zeros() {
     let lab = lab();
     for method in ["magnitude", "wanda", "sparsegpt"] {
         let options = format!("--method {method} --sparsity 0.5 {RANDOM_CALIB}");
-        let summary = lab.json(&format!("prune {options} sharded pruned"));
+        let summary = lab.json(&format!("prune {options} sharded pruned/"));
         let (before, after) = (
             lab.read("single/model.safetensors"),
             lab.read("pruned/model.safetensors"),

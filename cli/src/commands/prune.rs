@@ -195,18 +195,20 @@ struct Folder {
 
 impl Folder {
     fn create(target: &Path) -> Result<Self, CliError> {
+        // Without a slash at its end, which would put the folder under construction into the target.
+        let target: PathBuf = target.components().collect();
         let mut partial = target.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
-        for path in [target, &partial] {
+        for path in [&target, &partial] {
             if path.exists() {
-                return Err(CliError::FolderExists { path: path.into() });
+                return Err(CliError::FolderExists { path: path.clone() });
             }
         }
         std::fs::create_dir_all(&partial).map_err(write_error(&partial))?;
         Ok(Self {
             partial,
-            target: target.into(),
+            target,
             done: false,
         })
     }
@@ -224,7 +226,12 @@ impl Folder {
         let named = std::fs::rename(&self.partial, &self.target);
         named.map_err(write_error(&self.target))?;
         self.done = true;
-        Ok(())
+        let beside = match self.target.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let synced = std::fs::File::open(beside).and_then(|folder| folder.sync_all());
+        synced.map_err(write_error(beside))
     }
 }
 
