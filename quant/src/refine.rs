@@ -42,8 +42,8 @@ impl Curvature {
         }
     }
 
-    /// `W·H·Wᵀ` summed over the rows of `weight` (`[rows, n]`), and `‖W‖²` of the live columns. Weights beside the
-    /// diagonal are rounded to int8 column by column, which is seen in the fourth digit.
+    /// `W·H·Wᵀ` summed over the rows of `weight` (`[rows, n]`), and `‖W‖²` of the live columns. Beside the
+    /// diagonal weights are rounded to int8, column by column, which is seen in the fourth digit.
     pub(crate) fn signal(&self, weight: &[f32]) -> (f64, f64) {
         let isa = Isa::detect();
         let (mut signal, mut norm) = (0.0, 0.0);

@@ -1,6 +1,6 @@
 //! Dense matrix products in f32 and f64, the same bits on every machine.
 //!
-//! An element of a product is the sum, in order, of the parts of [`DEPTH`] terms; a part is one chain of fused
+//! An element of a product is the sum, in order, of the parts of 256 terms; a part is one chain of fused
 //! multiply-adds over its terms in order, starting from zero. Nothing else is rounded, so a result depends neither on
 //! the instruction set, nor on the other rows and columns computed with it, nor on threads.
 
