@@ -1,7 +1,10 @@
 //! What can be typed: every command and option, with its help.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qbin_prune::{PruneMethod, Sparsity};
 use qbin_quant::{ActOrder, GroupSize, Method, ScaleSearch};
+use qbin_runtime::Path;
+use qbin_runtime::kernels::Level;
 use std::path::PathBuf;
 
 /// Compress a language model, know what it cost, run it anywhere.
@@ -16,9 +19,19 @@ pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Threads of the offline passes [default: all cores this process may use].
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) threads: Option<u16>,
+    /// Threads [default: the cores this process may use]; `bench` takes a list.
+    #[arg(long, global = true, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Vec<u16>,
+    /// Instruction set: scalar, avx2, avxvnni, avx512, amx or neon [default: the highest of this machine]; `bench`
+    /// takes a list.
+    #[arg(
+        long,
+        global = true,
+        value_name = "SET",
+        value_delimiter = ',',
+        env = "QBIN_ISA"
+    )]
+    pub(crate) isa: Vec<Level>,
     /// Print one JSON object on stdout instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -32,6 +45,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Compress a checkpoint into a .qbin artifact.
     Quantize(QuantizeArgs),
+    /// Set weights of a checkpoint to zero and write it as a checkpoint again.
+    Prune(PruneArgs),
     /// Show what `quantize` would do to every tensor, from the headers alone.
     Plan(PlanArgs),
     /// Show what is in a checkpoint or an artifact.
@@ -46,6 +61,8 @@ pub(crate) enum Command {
     Eval(EvalCommand),
     /// Generate text.
     Run(RunArgs),
+    /// Measure speed and memory, beside what this machine could do at most.
+    Bench(BenchArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -78,6 +95,39 @@ pub(crate) struct QuantizeArgs {
     pub(crate) output: PathBuf,
 }
 
+/// `qbin prune`.
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// How the zeros are chosen.
+    #[arg(long, value_enum, default_value = "sparsegpt")]
+    pub(crate) method: PruneMethodArg,
+    /// A share of zeros such as `0.5`, or `N:M` such as `2:4`: N zeros in every M columns.
+    #[arg(long, value_name = "SHARE|N:M")]
+    pub(crate) sparsity: Sparsity,
+    /// Another sparsity for the tensors that match a glob, for example `*.down_proj.weight=0.3`; 0 leaves them alone.
+    /// May be given several times; the last one that matches counts.
+    #[arg(long, value_name = "GLOB=SPARSITY")]
+    pub(crate) layer: Vec<String>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long)]
+    pub(crate) allocate: bool,
+    /// Order in which SparseGPT visits columns [default: none].
+    #[arg(long, value_enum)]
+    pub(crate) act_order: Option<ActOrderArg>,
+    /// SparseGPT's damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01].
+    #[arg(long, value_name = "FRACTION")]
+    pub(crate) damp: Option<f64>,
+    /// SparseGPT's rounds of refinement after the sweep; 0 is the plain method [default: 3].
+    #[arg(long, value_name = "ROUNDS")]
+    pub(crate) refine: Option<usize>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    #[arg(help = INPUT_HELP)]
+    pub(crate) input: PathBuf,
+    /// The folder to write; it must not exist.
+    pub(crate) output: PathBuf,
+}
+
 /// `qbin plan`.
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
@@ -101,7 +151,7 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RecipeArgs {
     /// Recipe file (TOML); the other recipe options are then not allowed.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "keep", "head"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group_size", "symmetric", "asymmetric", "act_order", "damp", "refine", "scale_search", "sparsity", "allocate", "keep", "head"])]
     pub(crate) recipe: Option<PathBuf>,
     /// Method [default: gptq].
     #[arg(long, value_enum)]
@@ -130,6 +180,13 @@ pub(crate) struct RecipeArgs {
     /// How scales are chosen [default: the method's own way].
     #[arg(long, value_enum)]
     pub(crate) scale_search: Option<ScaleSearchArg>,
+    /// Zeros, chosen by SparseGPT: a share such as `0.5`, or `N:M` such as `2:4`; `gptq` makes up for them in the
+    /// same sweep, the other methods round what is left.
+    #[arg(long, value_name = "SHARE|N:M")]
+    pub(crate) sparsity: Option<Sparsity>,
+    /// Deal a share of zeros out over all linears by what they cost in each, as measured on the model first.
+    #[arg(long, requires = "sparsity")]
+    pub(crate) allocate: bool,
     /// Leave the tensors that match this glob as they are stored; may be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(crate) keep: Vec<String>,
@@ -199,6 +256,10 @@ pub(crate) struct TextArgs {
     /// Only the first N windows.
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) windows: Option<usize>,
+    /// Arithmetic of the measured model's linears: `reference` (dequantized, f32) or `fast` (packed weights, int8
+    /// activations). The base of a comparison always takes the reference path.
+    #[arg(long, value_name = "PATH", default_value_t = Path::Reference)]
+    pub(crate) path: Path,
 }
 
 /// `qbin run`.
@@ -212,6 +273,9 @@ pub(crate) struct RunArgs {
     /// Put the prompt as a user's message through the model's chat template.
     #[arg(long)]
     pub(crate) chat: bool,
+    /// Arithmetic of the linears: `reference` (dequantized, f32) or `fast` (packed weights, int8 activations).
+    #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
+    pub(crate) path: Path,
     /// Most tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: usize,
@@ -230,6 +294,47 @@ pub(crate) struct RunArgs {
     /// Seed of the choice.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+/// `qbin bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// A checkpoint or an artifact; it needs no tokenizer.
+    pub(crate) model: PathBuf,
+    /// Tokens of a prompt.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    pub(crate) prompt: usize,
+    /// Tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
+    pub(crate) generate: usize,
+    /// Positions in the cache before the first generated token [default: those of the prompt].
+    #[arg(long, value_name = "N")]
+    pub(crate) depth: Option<usize>,
+    /// Sequences at the same time; a list, for example `1,4`.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = positive)]
+    pub(crate) batch: Vec<usize>,
+    /// Arithmetic of the linears: `reference` (dequantized, f32) or `fast` (packed weights, int8 activations).
+    #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
+    pub(crate) path: Path,
+    /// Measurements of each figure, after one that does not count.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
+    pub(crate) repeat: usize,
+    /// Price of this machine for an hour, in any currency: shows what a million tokens cost.
+    #[arg(long, value_name = "X", value_parser = price, allow_negative_numbers = true)]
+    pub(crate) price_per_hour: Option<f64>,
+    /// Do not measure what the machine could do.
+    #[arg(long)]
+    pub(crate) no_limits: bool,
+    /// Seed of the prompts' token ids.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|price: &f64| price.is_finite() && *price >= 0.0)
+        .ok_or_else(|| format!("`{text}` is no price, expected a number from 0 up"))
 }
 
 /// `qbin synth`.
@@ -303,7 +408,20 @@ twin! {
 }
 
 twin! {
-    /// Column orders of GPTQ.
+    /// Pruning methods.
+    PruneMethodArg for PruneMethod {
+        /// The smallest weights; needs no calibration.
+        Magnitude,
+        /// The smallest products of weight and input norm, row by row.
+        Wanda,
+        /// The weights that cost least once the others have made up for them.
+        #[value(name = "sparsegpt")]
+        SparseGpt,
+    }
+}
+
+twin! {
+    /// Column orders of GPTQ and SparseGPT.
     ActOrderArg for ActOrder {
         /// By falling Hessian diagonal inside each group, then groups by it; free at run time.
         Group,

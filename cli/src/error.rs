@@ -1,5 +1,6 @@
 //! What can go wrong in a command: the libraries' errors, and what only the commands know.
 
+use crate::render;
 use std::path::{Path, PathBuf};
 
 /// An error of a command.
@@ -13,7 +14,11 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Calibration(#[from] qbin_calib_data::Error),
     #[error(transparent)]
+    Isa(#[from] qbin_runtime::kernels::UnsupportedLevel),
+    #[error(transparent)]
     Quant(#[from] qbin_quant::QuantError),
+    #[error(transparent)]
+    Prune(#[from] qbin_prune::PruneError),
     #[error("cannot read `{}`", path.display())]
     Read {
         path: PathBuf,
@@ -33,21 +38,30 @@ pub(crate) enum CliError {
     },
     #[error("the recipe is not valid")]
     RecipeSyntax(#[source] toml::de::Error),
-    #[error("pass method `{method}` is not known, expected `magnitude`, `rtn`, `gptq` or `awq`")]
+    #[error(
+        "pass method `{method}` is not known, expected `magnitude`, `wanda`, `sparsegpt`, `rtn`, `gptq` or `awq`"
+    )]
     RecipeMethod { method: String },
     #[error(
-        "pass `{method}` cannot stand there: at most one `magnitude` pass, then exactly one of `rtn`, `gptq`, `awq`"
+        "pass `{method}` cannot stand there: at most one of `magnitude`, `wanda`, `sparsegpt`, then exactly one of `rtn`, `gptq`, `awq`"
     )]
     RecipeOrder { method: String },
     #[error(
         "the recipe puts nothing on a grid: it needs one pass with method `rtn`, `gptq` or `awq`"
     )]
     RecipeWithoutGrid,
-    #[error("`gptq` after pruning would make the zeros non-zero again: take `rtn` or `awq`")]
-    PruneThenGptq,
-    #[error("`{option}` belongs to method `gptq`, not to `{method}`")]
+    #[error("`joint` pruning needs the pass `gptq` after it, not `{method}`")]
+    JointWithout { method: &'static str },
+    #[error("`{}` exists already, expected a new folder", path.display())]
+    FolderExists { path: PathBuf },
+    #[error(
+        "`--layer {given}` is not of the form `GLOB=SPARSITY`, such as `*.down_proj.weight=0.3`"
+    )]
+    LayerSyntax { given: String },
+    #[error("`{option}` belongs to method `{of}`, not to `{method}`")]
     OptionOfOtherMethod {
         option: &'static str,
+        of: &'static str,
         method: &'static str,
     },
     #[error("`{}` is an artifact already, expected a checkpoint", path.display())]
@@ -70,6 +84,18 @@ pub(crate) enum CliError {
     NotText { path: PathBuf, at: usize },
     #[error("the prompt is empty and the model has no beginning-of-sequence token to start from")]
     EmptyPrompt,
+    #[error("`--threads` and `--isa` take one value each, except for `bench`")]
+    SeveralMachines,
+    #[error(
+        "a batch of {batch} sequences of {positions} tokens needs about {}, but only {} of memory is available",
+        render::bytes(*need), render::bytes(*available)
+    )]
+    BatchTooLarge {
+        batch: usize,
+        positions: usize,
+        need: u64,
+        available: u64,
+    },
 }
 
 impl CliError {
@@ -96,6 +122,10 @@ impl CliError {
             Self::Recipe { source, .. } => source.hint(),
             Self::NoTokenizer { .. } => Some("put the model's `tokenizer.json` into the same folder, or give token ids with `--calib FILE.npy`".into()),
             Self::WindowTooLong { .. } => Some("give `--calib-tokens` a smaller number".into()),
+            Self::BatchTooLarge { .. } => Some("ask for fewer sequences with `--batch` or fewer tokens with `--prompt` and `--generate`".into()),
+            Self::FolderExists { path } if path.extension().is_some_and(|end| end == "partial") => {
+                Some("another run is writing it, or one was cut off: then delete it".into())
+            }
             Self::AlreadyQuantized { .. } => Some("start from the original checkpoint".into()),
             _ => None,
         }

@@ -7,7 +7,9 @@ mod args;
 mod calibration;
 mod commands;
 mod error;
+mod host;
 mod loaded;
+mod machine;
 mod plan;
 mod progress;
 mod recipe;
@@ -16,6 +18,7 @@ mod render;
 use args::{Cli, Command, EvalCommand};
 use clap::Parser as _;
 use error::CliError;
+use machine::Machine;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
@@ -40,12 +43,6 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .without_time()
         .with_target(false)
         .init();
-    if let Some(threads) = cli.threads {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.into())
-            .build_global();
-        pool.expect("the pool is built once, before its first use");
-    }
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
@@ -60,18 +57,31 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         json: cli.json,
         quiet: cli.quiet,
     };
+    let machines = Machine::all(&cli.isa, &cli.threads)?;
+    if let [threads] = *cli.threads {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global();
+        pool.expect("the pool is built once, before its first use");
+    }
+    let machine = || match *machines {
+        [machine] => Ok(machine),
+        _ => Err(CliError::SeveralMachines),
+    };
     match cli.command {
-        Command::Quantize(args) => commands::quantize::run(&args, show),
+        Command::Bench(args) => commands::bench::run(&args, &machines, show),
+        Command::Quantize(args) => commands::quantize::run(&args, machine()?, show),
+        Command::Prune(args) => commands::prune::run(&args, machine()?, show),
         Command::Plan(args) => commands::plan::run(&args, show),
         Command::Inspect(args) => commands::inspect::run(&args, show),
         Command::Verify { artifact } => commands::verify::run(&artifact, show),
         Command::Eval(EvalCommand::Perplexity { model, text }) => {
-            commands::eval::perplexity(&model, &text, show)
+            commands::eval::perplexity(&model, &text, machine()?, show)
         }
         Command::Eval(EvalCommand::Compare { base, model, text }) => {
-            commands::eval::compare(&base, &model, &text, show)
+            commands::eval::compare(&base, &model, &text, machine()?, show)
         }
-        Command::Run(args) => commands::run::run(&args, show),
+        Command::Run(args) => commands::run::run(&args, machine()?, show),
         Command::Completions { shell } => commands::shell::completions(shell),
         Command::Man { dir } => commands::shell::man(&dir),
         Command::Synth(args) => commands::synth::run(&args, show),

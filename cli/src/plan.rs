@@ -75,6 +75,10 @@ impl Plan {
             .as_ref()
             .map(|prune| PrunePass::new(prune, config))
             .transpose()?;
+        if let (Some(prune), Some(true)) = (&prune, recipe.prune.as_ref().map(|prune| prune.joint))
+        {
+            prune.check_groups(&pass)?;
+        }
         let head = head_grid(recipe.head, config);
         let mut entries = Vec::new();
         for spec in spec::account(config, model)? {
@@ -90,7 +94,7 @@ impl Plan {
                     qbin_quant::Fate::Keep(reason)
                         if prune
                             .as_ref()
-                            .is_some_and(|prune| prune.touches(block, kind)) =>
+                            .is_some_and(|prune| prune.rewrites(block, kind)) =>
                     {
                         dense(
                             &spec,

@@ -70,17 +70,3 @@ impl Progress {
         self.bar.finish_and_clear();
     }
 }
-
-/// Largest resident set of this process so far, in bytes, where the system tells it.
-pub(crate) fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib * 1024)
-}

@@ -2,7 +2,7 @@
 
 use crate::args::{HeadArg, RecipeArgs};
 use crate::error::CliError;
-use qbin_prune::PruneRecipe;
+use qbin_prune::{PruneMethod, PruneRecipe};
 use qbin_quant::{Method, Override, QuantRecipe};
 use serde::{Deserialize, Serialize};
 
@@ -63,20 +63,33 @@ impl Recipe {
             if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
                 return Err(CliError::OptionOfOtherMethod {
                     option,
+                    of: Method::Gptq.name(),
                     method: method.name(),
                 });
             }
         }
+        // With GPTQ one sweep does both; the others round what is left.
+        let prune = args.sparsity.map(|sparsity| PruneRecipe {
+            joint: method == Method::Gptq,
+            allocate: args.allocate,
+            ..PruneRecipe::new(PruneMethod::SparseGpt, sparsity)
+        });
         Ok(Self {
             head: args.head.unwrap_or_default(),
-            prune: None,
+            prune,
             quantize: quantize.spelled_out(),
         })
     }
 
+    /// Whether any of the passes reads calibration tokens.
+    pub(crate) fn needs_calibration(&self) -> bool {
+        self.quantize.method.needs_calibration()
+            || (self.prune.as_ref()).is_some_and(PruneRecipe::needs_calibration)
+    }
+
     fn from_toml(text: &str) -> Result<Self, CliError> {
         let file: File = toml::from_str(text).map_err(CliError::RecipeSyntax)?;
-        let mut prune = None;
+        let mut prune: Option<PruneRecipe> = None;
         let mut quantize: Option<QuantRecipe> = None;
         for pass in file.pass {
             let method = pass
@@ -88,18 +101,20 @@ impl Recipe {
                 "rtn" | "gptq" | "awq" if quantize.is_none() => {
                     quantize = Some(pass.try_into().map_err(CliError::RecipeSyntax)?)
                 }
-                "magnitude" if prune.is_none() && quantize.is_none() => {
+                "magnitude" | "wanda" | "sparsegpt" if prune.is_none() && quantize.is_none() => {
                     prune = Some(pass.try_into().map_err(CliError::RecipeSyntax)?)
                 }
-                "rtn" | "gptq" | "awq" | "magnitude" => {
+                "rtn" | "gptq" | "awq" | "magnitude" | "wanda" | "sparsegpt" => {
                     return Err(CliError::RecipeOrder { method });
                 }
                 _ => return Err(CliError::RecipeMethod { method }),
             }
         }
         let quantize = quantize.ok_or(CliError::RecipeWithoutGrid)?;
-        if prune.is_some() && quantize.method == Method::Gptq {
-            return Err(CliError::PruneThenGptq);
+        if prune.as_ref().is_some_and(|prune| prune.joint) && quantize.method != Method::Gptq {
+            return Err(CliError::JointWithout {
+                method: quantize.method.name(),
+            });
         }
         Ok(Self {
             head: file.head,

@@ -68,6 +68,36 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
+/// A Markdown table, its columns as wide as their longest cell: the first is left-aligned, the others right.
+pub(crate) fn markdown_table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let header = header.iter().map(|cell| (*cell).to_string()).collect();
+    let rows: Vec<&Vec<String>> = std::iter::once(&header).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..header.len()).filter_map(width).collect();
+    let mut text = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let pad = " ".repeat(width - cell.chars().count());
+            let _ = match column {
+                0 => write!(text, "| {cell}{pad} |"),
+                _ => write!(text, " {pad}{cell} |"),
+            };
+        }
+        text.push('\n');
+        if number == 0 {
+            for (column, width) in widths.iter().enumerate() {
+                let dashes = "-".repeat(width + 1);
+                let _ = match column {
+                    0 => write!(text, "|{dashes}-|"),
+                    _ => write!(text, "{dashes}:|"),
+                };
+            }
+            text.push('\n');
+        }
+    }
+    text
+}
+
 /// Bytes with a binary unit.
 pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
@@ -103,6 +133,13 @@ mod tests {
             vec!["c".into(), "100".into()],
         ];
         assert_eq!(table(&["x", "n"], &rows), "x     n\näb    1\nc   100\n");
+    }
+
+    #[test]
+    fn markdown_tables_align_by_characters() {
+        let rows = vec![vec!["äb".into(), "100".into()]];
+        let expected = "| x  |   n |\n|----|----:|\n| äb | 100 |\n";
+        assert_eq!(markdown_table(&["x", "n"], &rows), expected);
     }
 
     #[test]

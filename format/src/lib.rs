@@ -49,4 +49,4 @@ pub use quantized::{QuantizedMatrix, Scheme};
 pub use quantized_view::{QuantizedView, Sparsity};
 pub use safetensors_writer::SafetensorsWriter;
 pub use sparse::Encoding;
-pub use tensor::TensorView;
+pub use tensor::{TensorView, float_bytes};

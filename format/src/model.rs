@@ -119,6 +119,16 @@ impl Weight<'_> {
         }
     }
 
+    /// Bytes of everything a kernel reads of it: padding, scales and zero points included.
+    pub fn stored_bytes(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.bytes.len(),
+            Self::Quantized(matrix) => {
+                matrix.codes.len() + matrix.scales.len() + matrix.zero_points.len()
+            }
+        }
+    }
+
     /// Reads whole rows, that is slices of the first dimension, as f32: `[rows.len(), …]` row major.
     ///
     /// # Panics

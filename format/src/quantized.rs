@@ -15,11 +15,13 @@ pub struct Scheme {
 
 impl Scheme {
     /// Number of scales in a row of `cols` columns; the last group may be short.
+    #[inline]
     pub fn groups(&self, cols: usize) -> usize {
         self.group_size.map_or(1, |group| cols.div_ceil(group))
     }
 
     /// Group of column `col`.
+    #[inline]
     pub fn group_of(&self, col: usize) -> usize {
         self.group_size.map_or(0, |group| col / group)
     }

@@ -1,7 +1,7 @@
 //! Dense tensors as they lie in a mapped file.
 
-use half::f16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use crate::Dtype;
 
@@ -67,6 +67,24 @@ impl TensorView<'_> {
     }
 }
 
+/// The bytes of a tensor of type `dtype` with these values: little endian, rounded to the nearest, ties to even.
+///
+/// # Panics
+/// If the type is none of F32, F16, BF16.
+pub fn float_bytes(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    let bytes = values.iter();
+    match dtype {
+        Dtype::F32 => bytes.flat_map(|value| value.to_le_bytes()).collect(),
+        Dtype::Bf16 => bytes
+            .flat_map(|&value| bf16::from_f32(value).to_le_bytes())
+            .collect(),
+        Dtype::F16 => bytes
+            .flat_map(|&value| f16::from_f32(value).to_le_bytes())
+            .collect(),
+        other => panic!("{other} is no type of weights"),
+    }
+}
+
 fn read_f32(bytes: &[u8], out: &mut [f32]) {
     for (out, &bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
         *out = f32::from_le_bytes(bytes);
@@ -94,7 +112,6 @@ fn read_f16(bytes: &[u8], out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
     use proptest::prelude::*;
 
     use super::*;

@@ -1,5 +1,7 @@
 //! What can be wrong with what is asked of this crate.
 
+use crate::Sparsity;
+
 /// An input this crate refuses.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -11,5 +13,17 @@ pub enum PruneError {
     Sparsity {
         /// What was given.
         got: String,
+    },
+    /// Runs of a pattern that do not fit into the groups of a grid.
+    #[error(
+        "tensor `{tensor}`: sparsity `{sparsity}` in groups of `{group_size}` columns, expected groups of whole runs"
+    )]
+    RunsAndGroups {
+        /// Name in the checkpoint.
+        tensor: String,
+        /// The pattern.
+        sparsity: Sparsity,
+        /// Columns that share a scale.
+        group_size: usize,
     },
 }

@@ -19,6 +19,25 @@ pub enum Sparsity {
     },
 }
 
+impl Sparsity {
+    /// How many of `len` weights become zero: a share of them rounded to the nearest number; of a run, the
+    /// pattern's zeros, and of a run that the end of the row cuts short its part of them, rounded down.
+    pub fn zeros_in(self, len: usize) -> usize {
+        match self {
+            Self::Share(share) => (share * len as f64).round() as usize,
+            Self::Pattern { zeros, of } => zeros * len.min(of) / of,
+        }
+    }
+
+    /// The length of the pattern's runs.
+    pub fn run(self) -> Option<usize> {
+        match self {
+            Self::Share(_) => None,
+            Self::Pattern { of, .. } => Some(of),
+        }
+    }
+}
+
 impl FromStr for Sparsity {
     type Err = PruneError;
 

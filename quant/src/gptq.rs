@@ -10,7 +10,7 @@ use crate::error::QuantError;
 use crate::factor::Block;
 pub use crate::factor::Factor;
 use crate::grid::{Grid, GroupParams, Rounder};
-use crate::hessian::Moments;
+use crate::hessian::{Metric, Moments};
 use crate::refine::refine;
 use crate::rtn::{Panel, Parts, check_weight, rtn};
 
@@ -78,6 +78,18 @@ pub struct Gptq {
     pub report: GptqReport,
 }
 
+/// A matrix in which some weights are zero and the others are to be put on a grid.
+#[derive(Clone, Copy, Debug)]
+pub struct Survivors<'a> {
+    /// `[rows, n]`, true for the weights held at zero.
+    pub zeros: &'a [bool],
+    /// The weights the sweep starts from, `[rows, n]`: the original ones, for which it then makes up for the
+    /// zeros too, or survivors that do so already.
+    pub start: &'a [f32],
+    /// The mean of `x·xᵀ`, for the report.
+    pub metric: &'a Metric,
+}
+
 /// What GPTQ did with one matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GptqReport {
@@ -131,6 +143,24 @@ impl Factor {
     /// # Panics
     /// If `weight` is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
     pub fn quantize(&self, weight: &[f32], rows: usize, grid: &Grid) -> Result<Gptq, QuantError> {
+        self.quantize_survivors(weight, rows, grid, None)
+    }
+
+    /// [`Factor::quantize`] with some weights held at zero. They get the code of zero, their errors are fed forward
+    /// like any other, and groups are fitted to the others.
+    ///
+    /// # Errors
+    /// [`QuantError::NonFiniteWeight`], [`QuantError::Bits`].
+    ///
+    /// # Panics
+    /// If a matrix is not `[rows, n]`, or if `grid` has another granularity than the factor was made for.
+    pub fn quantize_survivors(
+        &self,
+        weight: &[f32],
+        rows: usize,
+        grid: &Grid,
+        survivors: Option<&Survivors<'_>>,
+    ) -> Result<Gptq, QuantError> {
         let cols = self.n();
         assert!(
             self.fits(grid),
@@ -138,6 +168,12 @@ impl Factor {
         );
         check_weight(weight, rows, cols)?;
         grid.check(cols)?;
+        let zeros = survivors.map(|survivors| survivors.zeros);
+        let start = survivors.map_or(weight, |survivors| survivors.start);
+        assert!(
+            zeros.is_none_or(|zeros| zeros.len() == weight.len()) && start.len() == weight.len(),
+            "zeros and start are not [rows, n]"
+        );
         let mut report = GptqReport {
             damp_fraction: self.damp_fraction,
             relative_error: 0.0,
@@ -147,19 +183,35 @@ impl Factor {
         };
         if self.is_dead() {
             report.fallback = Some("round-to-nearest: every calibration input was zero".into());
-            let quantized = rtn(weight, rows, cols, grid, None, None)?;
+            let mut weight = weight.to_vec();
+            for (weight, _) in weight
+                .iter_mut()
+                .zip(zeros.unwrap_or_default())
+                .filter(|(_, zero)| **zero)
+            {
+                *weight = 0.0;
+            }
+            let quantized = rtn(&weight, rows, cols, grid, None, None)?;
             return Ok(Gptq { quantized, report });
         }
 
         let height = if rows < 2048 { 32 } else { 64 };
         let importance: Vec<f32> = self.root.iter().map(|root| root * root).collect();
         let mut out = Parts::new(rows, cols, grid);
-        let tallies: Vec<Tally> = (out.par_panels(height), weight.par_chunks(height * cols))
+        let panels = (
+            out.par_panels(height),
+            weight.par_chunks(height * cols),
+            start.par_chunks(height * cols),
+        );
+        let tallies: Vec<Tally> = panels
             .into_par_iter()
-            .map(|(mut out, weight)| {
-                let mut tally = Sweep::new(self, grid, &importance, weight, &mut out).run();
+            .enumerate()
+            .map(|(panel, (mut out, weight, start))| {
+                let zeros = zeros.map(|zeros| &zeros[panel * height * cols..][..weight.len()]);
+                let mut tally = Sweep::new(self, grid, &importance, start, zeros, &mut out).run();
                 if let Some(curvature) = &self.curvature {
-                    let gain = refine(curvature, grid, weight, &mut out, self.refine_sweeps);
+                    let sweeps = self.refine_sweeps;
+                    let gain = refine(curvature, grid, weight, zeros, &mut out, sweeps);
                     tally.loss -= gain.loss;
                     tally.error = gain.error;
                 }
@@ -171,10 +223,14 @@ impl Factor {
         tallies.iter().for_each(|tally| total.add(tally));
         report.clipped = total.clipped;
         report.relative_error = total.relative_error(self.damp);
-        Ok(Gptq {
-            quantized: out.finish(),
-            report,
-        })
+        let quantized = out.finish();
+        if let Some(survivors) = survivors {
+            // The sums of a sweep that starts elsewhere are not those of `weight`.
+            report.relative_error = survivors
+                .metric
+                .relative_error(weight, &quantized.dequantize());
+        }
+        Ok(Gptq { quantized, report })
     }
 }
 
@@ -219,6 +275,8 @@ struct Sweep<'a, 'b> {
     grid: &'a Grid,
     /// Weight of each place of the sweep in the scale search.
     importance: &'a [f32],
+    /// Weights held at zero, `[rows, n]`.
+    zeros: Option<&'a [bool]>,
     rows: usize,
     /// `[2·rows, n]` in sweep order: the errors `W − Q` of finished columns above the weights, stacked so
     /// that the feedback and the signal's norm cost one product.
@@ -233,6 +291,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
         grid: &'a Grid,
         importance: &'a [f32],
         weight: &[f32],
+        zeros: Option<&'a [bool]>,
         out: &'a mut Panel<'b>,
     ) -> Self {
         let n = factor.n();
@@ -247,6 +306,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
             factor,
             grid,
             importance,
+            zeros,
             rows,
             stacked,
             out,
@@ -327,10 +387,20 @@ impl<'a, 'b> Sweep<'a, 'b> {
         let rows = self.rows;
         let groups = self.out.scales.len() / rows;
         let importance = &self.importance[place..][..current.len() / rows];
+        let columns = &self.factor.order[place..][..importance.len()];
         let mut weights = vec![0f32; importance.len()];
         let mut choose = |row: usize| -> GroupParams {
-            for (weight, column) in weights.iter_mut().zip(current.chunks(rows)) {
-                *weight = column[row];
+            for ((weight, column), &col) in
+                weights.iter_mut().zip(current.chunks(rows)).zip(columns)
+            {
+                // Zero is on every grid, so what is held there has no say in the choice.
+                *weight = match self
+                    .zeros
+                    .is_some_and(|zeros| zeros[row * self.factor.n() + col])
+                {
+                    true => 0.0,
+                    false => column[row],
+                };
             }
             self.grid.params(&weights, Some(importance))
         };
@@ -353,10 +423,15 @@ impl<'a, 'b> Sweep<'a, 'b> {
         let (mut loss, mut error) = (0f64, 0f64);
         for row in 0..rows {
             let target = column[row];
-            let steps = rounders[row].steps(target);
+            let held = self.zeros.is_some_and(|zeros| zeros[row * n + col]);
+            let steps = if held {
+                0.0
+            } else {
+                rounders[row].steps(target)
+            };
             let value = rounders[row].value(steps);
             self.out.codes[row * n + col] = rounders[row].code(steps);
-            self.tally.clipped += u64::from(rounders[row].clips(target, steps));
+            self.tally.clipped += u64::from(!held && rounders[row].clips(target, steps));
             errors[row] = weights[row] - value;
             // From here on the column holds what the later ones must make up for.
             column[row] = target - value;

@@ -229,9 +229,32 @@ impl Metric {
         self.n
     }
 
+    /// The values, `[n, n]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The mean of `x²` per input feature.
+    pub fn diagonal(&self) -> Vec<f64> {
+        (0..self.n)
+            .map(|i| f64::from(self.values[i * self.n + i]))
+            .collect()
+    }
+
     /// `Σ_rows δᵀ M δ` for the rows `delta` (`[rows, n]`).
     pub(crate) fn measure(&self, delta: &[f32]) -> f64 {
         self.measure_rows(delta, 0, self.n).iter().sum()
+    }
+
+    /// `‖(W−V)·X‖² / ‖W·X‖²` of matrices `[rows, n]`; 0 where `W·X` is.
+    pub fn relative_error(&self, weight: &[f32], other: &[f32]) -> f64 {
+        let delta: Vec<f32> = weight.iter().zip(other).map(|(w, v)| w - v).collect();
+        let signal = self.measure_panels(weight);
+        if signal > 0.0 {
+            self.measure_panels(&delta) / signal
+        } else {
+            0.0
+        }
     }
 
     /// [`Self::measure`] with the rows in fixed panels, in parallel.
@@ -244,7 +267,7 @@ impl Metric {
     }
 
     /// `δ·M` for the columns `first..first + len`, `[rows, len]`; `delta` is `[rows, n]`.
-    pub(crate) fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
+    pub fn cross(&self, delta: &[f32], first: usize, len: usize) -> Vec<f32> {
         let rows = delta.len() / self.n;
         let m = MatRef::from_row_major_slice(&self.values, self.n, self.n);
         let mut product = vec![0f32; rows * len];

@@ -9,6 +9,7 @@
 mod awq;
 mod error;
 mod factor;
+mod feedback;
 mod gptq;
 mod grid;
 mod hessian;
@@ -24,10 +25,10 @@ pub use awq::{
     scale_candidates, scale_columns, search_clip,
 };
 pub use error::QuantError;
-pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, gptq};
+pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, Survivors, gptq};
 pub use grid::{Granularity, Grid, GroupParams, Rounder, ScaleSearch};
 pub use hessian::{Hessian, Metric, Moments};
-pub use pass::{QuantPass, WEIGHTS_ALONE};
+pub use pass::{Found, Held, QuantPass, WEIGHTS_ALONE, Zeros};
 pub use patterns::Patterns;
 pub use recipe::{Fate, GroupSize, Method, Override, QuantRecipe};
 pub use rtn::rtn;

@@ -1,7 +1,7 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
 use crate::recipe::{Fate, Method, QuantRecipe};
-use crate::{Factor, Gptq, GptqParams, Grid, Moments, QuantError, awq, rtn};
+use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, Survivors, awq, rtn};
 use qbin_format::{QuantizedMatrix, TensorReport};
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
@@ -19,10 +19,54 @@ const MAX_SHRINK: f64 = 0.5;
 /// The note of a report whose error is not that of outputs.
 pub const WEIGHTS_ALONE: &str = "relative error of the weights alone, without inputs";
 
+/// Zeros of a linear, and the weights GPTQ starts from; see [`Survivors`].
+pub struct Held {
+    /// `[rows, cols]`, true for zero.
+    pub zeros: Vec<bool>,
+    /// `[rows, cols]`.
+    pub start: Vec<f32>,
+}
+
+/// Says which weights of a linear are held at zero while GPTQ puts the others on their grid.
+pub trait Zeros {
+    /// The zeros of a linear; none where nothing is held. `metric` and `factor` are those of its inputs.
+    ///
+    /// # Errors
+    /// The choice failed.
+    fn choose(
+        &self,
+        block: usize,
+        kind: LinearKind,
+        weight: &[f32],
+        metric: &Metric,
+        factor: &Factor,
+    ) -> Result<Option<Held>, PassError>;
+}
+
+/// Holds what is zero already.
+pub struct Found;
+
+impl Zeros for Found {
+    fn choose(
+        &self,
+        _block: usize,
+        _kind: LinearKind,
+        weight: &[f32],
+        _metric: &Metric,
+        _factor: &Factor,
+    ) -> Result<Option<Held>, PassError> {
+        Ok(Some(Held {
+            zeros: weight.iter().map(|&w| w == 0.0).collect(),
+            start: weight.to_vec(),
+        }))
+    }
+}
+
 /// A quantization pass over the blocks of one model.
 pub struct QuantPass<'a> {
     recipe: &'a QuantRecipe,
     config: &'a ModelConfig,
+    zeros: Option<&'a dyn Zeros>,
     fates: BTreeMap<(usize, LinearKind), Fate>,
     moments: BTreeMap<Site, Moments>,
 }
@@ -44,9 +88,17 @@ impl<'a> QuantPass<'a> {
         Ok(Self {
             recipe,
             config,
+            zeros: None,
             fates,
             moments: BTreeMap::new(),
         })
+    }
+
+    /// The same pass, with GPTQ holding at zero what `zeros` says. The other methods keep a weight that is zero
+    /// as it is without being told: zero is on every grid.
+    #[must_use]
+    pub fn holding(self, zeros: Option<&'a dyn Zeros>) -> Self {
+        Self { zeros, ..self }
     }
 
     /// What becomes of a linear.
@@ -126,19 +178,38 @@ impl<'a> QuantPass<'a> {
                 refine_sweeps: self.recipe.refine,
                 ..GptqParams::new(first)
             };
-            let factor = Factor::new(
-                input.expect("the walk observes a site before it is rewritten"),
-                &params,
-            )?;
+            let input = input.expect("the walk observes a site before it is rewritten");
+            let metric = self.zeros.map(|_| input.metric());
+            let factor = Factor::new(input, &params)?;
             for (kind, grid) in now {
                 let linear = block.linear_mut(kind);
                 let rows = linear.rows;
                 let name = linear.name.clone();
+                let weight = linear.own()?;
+                let held = match (self.zeros, &metric) {
+                    (Some(zeros), Some(metric)) => zeros
+                        .choose(site.block, kind, weight, metric, &factor)?
+                        .map(|held| (held, metric)),
+                    _ => None,
+                };
+                let survivors = held.as_ref().map(|(held, metric)| Survivors {
+                    zeros: &held.zeros,
+                    start: &held.start,
+                    metric,
+                });
                 let done = factor
-                    .quantize(linear.own()?, rows, &grid)
+                    .quantize_survivors(weight, rows, &grid, survivors.as_ref())
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
-                put(out, name, gptq_tensor(done, self.recipe.damp));
+                let (tensor, mut report) = gptq_tensor(done, self.recipe.damp);
+                if let Some((held, _)) = &held {
+                    let zeros = held.zeros.iter().filter(|zero| **zero).count();
+                    let of = held.zeros.len();
+                    report
+                        .notes
+                        .push(format!("{zeros} of {of} weights held at zero"));
+                }
+                put(out, name, (tensor, report));
             }
         }
         Ok(())
@@ -411,24 +482,17 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
 }
 
 /// `‖(W−Q)X‖² / ‖WX‖²` under the moments, or the same of the weights alone where there are none.
-fn relative_error(
-    weight: &[f32],
-    quantized: &QuantizedMatrix,
-    metric: Option<&crate::Metric>,
-) -> f64 {
-    let delta: Vec<f32> = quantized
-        .dequantize()
-        .iter()
-        .zip(weight)
-        .map(|(q, w)| q - w)
-        .collect();
-    let square = |values: &[f32]| match metric {
-        Some(metric) => metric.measure_panels(values),
-        None => values.iter().map(|&v| f64::from(v) * f64::from(v)).sum(),
+fn relative_error(weight: &[f32], quantized: &QuantizedMatrix, metric: Option<&Metric>) -> f64 {
+    let quantized = quantized.dequantize();
+    if let Some(metric) = metric {
+        return metric.relative_error(weight, &quantized);
+    }
+    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+        values.map(|v| f64::from(v) * f64::from(v)).sum()
     };
-    let signal = square(weight);
+    let signal = square(&mut weight.iter().copied());
     if signal > 0.0 {
-        square(&delta) / signal
+        square(&mut quantized.iter().zip(weight).map(|(q, w)| q - w)) / signal
     } else {
         0.0
     }

@@ -51,16 +51,18 @@ pub(crate) struct Gain {
     pub(crate) error: f64,
 }
 
-/// Refines the rows of a panel: `weight` is `[panel rows, n]`, `out` what GPTQ made of it.
+/// Refines the rows of a panel: `weight` is `[panel rows, n]`, `zeros` tells which of them are held at zero,
+/// `out` is what GPTQ made of it.
 pub(crate) fn refine(
     curvature: &Curvature,
     grid: &Grid,
     weight: &[f32],
+    zeros: Option<&[bool]>,
     out: &mut Panel<'_>,
     sweeps: usize,
 ) -> Gain {
     let groups = grid.scheme().groups(curvature.n);
-    let mut state = Refinement::new(curvature, grid, weight, out);
+    let mut state = Refinement::new(curvature, grid, weight, zeros, out);
     for _ in 0..sweeps {
         let moves = state.moves;
         (0..groups).for_each(|group| state.group(group));
@@ -76,6 +78,7 @@ struct Refinement<'a, 'b> {
     curvature: &'a Curvature,
     grid: &'a Grid,
     weight: &'a [f32],
+    zeros: Option<&'a [bool]>,
     out: &'a mut Panel<'b>,
     groups: usize,
     /// `W − Q`, `[rows, n]`; zero for dead columns.
@@ -102,6 +105,7 @@ impl<'a, 'b> Refinement<'a, 'b> {
         curvature: &'a Curvature,
         grid: &'a Grid,
         weight: &'a [f32],
+        zeros: Option<&'a [bool]>,
         out: &'a mut Panel<'b>,
     ) -> Self {
         let n = curvature.n;
@@ -118,6 +122,7 @@ impl<'a, 'b> Refinement<'a, 'b> {
             curvature,
             grid,
             weight,
+            zeros,
             out,
             groups,
             errors,
@@ -217,6 +222,9 @@ impl<'a, 'b> Refinement<'a, 'b> {
         let rounder = self.grid.rounder(part.params);
         for (i, col) in part.columns.clone().enumerate() {
             let at = part.row * n + col;
+            if self.zeros.is_some_and(|zeros| zeros[at]) {
+                continue;
+            }
             let h = &self.curvature.values[col * n..][..n];
             let live = h[col] > 0.0;
             let now = rounder.value(part.steps[i]);
@@ -280,7 +288,7 @@ mod tests {
                     },
                 );
                 panel.codes.copy_from_slice(&codes);
-                refine(&curvature, &grid, &weight, &mut panel, 1)
+                refine(&curvature, &grid, &weight, None, &mut panel, 1)
             })
             .find_any(|_| true)
             .expect("one panel");

@@ -9,7 +9,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
-use qbin_runtime::kernels::{Activations, Isa, Output, matmul};
+use qbin_runtime::kernels::{Activations, Columns, Isa, matmul};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -73,7 +73,7 @@ fn decode(criterion: &mut Criterion) {
                     let mut out = vec![0.0; tokens * rows];
                     group.bench_function(format!("{}/{tokens}", isa.level()), |bencher| {
                         bencher.iter(|| {
-                            matmul(isa, &w, 0..rows / 16, &x, &Output::new(&mut out, rows))
+                            matmul(isa, &w, 0..rows, &x, &mut Columns::whole(&mut out, rows))
                         });
                     });
                 }
@@ -96,7 +96,7 @@ fn prefill(criterion: &mut Criterion) {
                     group.throughput(Throughput::Elements(2 * (tokens * rows * cols) as u64));
                     group.bench_function(format!("{}/{tokens}", isa.level()), |bencher| {
                         bencher.iter(|| {
-                            matmul(isa, &w, 0..rows / 16, &x, &Output::new(&mut out, rows))
+                            matmul(isa, &w, 0..rows, &x, &mut Columns::whole(&mut out, rows))
                         });
                     });
                 }

@@ -1,133 +1,335 @@
-//! Causal grouped-query attention over the keys and values of one sequence.
+//! Causal grouped-query attention: which queries and which splits of which cache form one unit of work.
 
-use crate::ModelConfig;
-use crate::gemm::matmul_view;
-use crate::math;
-use faer::{MatMut, MatRef};
-use rayon::prelude::*;
+use crate::kernels::attention::{Queries, SPLIT, Scratch, State, attend as attend_splits};
+use crate::kv_cache::BlockCache;
+use crate::{Cpu, ModelConfig};
+use std::ops::Range;
 
-/// Queries per unit of work; the score matrix is never larger than this by the sequence length.
-const QUERY_TILE: usize = 64;
+/// Queries of a unit of work, all heads that share a key-value head counted: enough to read keys and values from
+/// the second-level cache rarely.
+const TILE_QUERIES: usize = 48;
 
 /// One sequence's share of a batch.
 pub(crate) struct Span<'a> {
-    /// First row of the sequence in `q` and in the output.
+    /// First row of the sequence in the batch.
     pub(crate) first: usize,
     /// New tokens.
     pub(crate) len: usize,
-    /// Positions before them that are already in `keys` and `values`.
+    /// Positions before them.
     pub(crate) past: usize,
-    /// `K[past + len, kv_dim]`, rotated.
-    pub(crate) keys: &'a [f32],
-    /// `V[past + len, kv_dim]`.
-    pub(crate) values: &'a [f32],
+    /// Keys (rotated) and values of all `past + len` positions.
+    pub(crate) cache: &'a BlockCache,
 }
 
-/// A query tile of one head of one sequence.
-struct Tile {
-    span: usize,
-    head: usize,
-    first: usize,
-    len: usize,
+/// Consecutive tokens of one sequence.
+struct Tile<'a> {
+    span: &'a Span<'a>,
+    /// Rows of the batch.
+    rows: Range<usize>,
 }
 
-/// `q[tokens, heads · head_dim]` (rotated) to the mixed values of the same shape. A token sees itself and
-/// what came before it, at most `window` positions in all.
+impl Tile<'_> {
+    /// Positions up to the last query's own.
+    fn end(&self) -> usize {
+        self.span.past + self.rows.end - self.span.first
+    }
+
+    fn splits(&self) -> usize {
+        self.end().div_ceil(SPLIT)
+    }
+}
+
+/// Everything that a unit of work reads.
+struct Attention<'a> {
+    cpu: &'a Cpu,
+    config: &'a ModelConfig,
+    /// Rotated queries, the first `q_dim` of each row of `stride`.
+    q: &'a [f32],
+    stride: usize,
+    window: Option<usize>,
+    tiles: Vec<Tile<'a>>,
+}
+
+/// Rotated queries (the first `q_dim` elements of each row of `q[tokens, stride]`) to the mixed values
+/// `[tokens, q_dim]`. A token sees itself and what came before it, at most `window` positions in all.
 pub(crate) fn attend(
+    cpu: &Cpu,
     config: &ModelConfig,
-    q: &[f32],
+    (q, stride): (&[f32], usize),
     spans: &[Span<'_>],
     window: Option<usize>,
 ) -> Vec<f32> {
-    let (q_dim, dim) = (config.q_dim(), config.head_dim);
+    let group = config.num_heads / config.num_kv_heads;
+    let tile_tokens = (TILE_QUERIES / group).max(1);
     let mut tiles = Vec::new();
-    for (span, s) in spans.iter().enumerate() {
-        for first in (0..s.len).step_by(QUERY_TILE) {
-            let len = QUERY_TILE.min(s.len - first);
-            tiles.extend((0..config.num_heads).map(|head| Tile {
-                span,
-                head,
-                first,
-                len,
-            }));
-        }
+    for span in spans {
+        let end = span.first + span.len;
+        tiles.extend((span.first..end).step_by(tile_tokens).map(|first| Tile {
+            span,
+            rows: first..(first + tile_tokens).min(end),
+        }));
     }
-    let mixed: Vec<Vec<f32>> = tiles
-        .par_iter()
-        .map(|tile| attend_tile(config, q, &spans[tile.span], tile, window))
-        .collect();
-    let mut out = vec![0.0; q.len()];
-    for (tile, values) in tiles.iter().zip(&mixed) {
-        let first = spans[tile.span].first + tile.first;
-        for (row, value) in values.chunks_exact(dim).enumerate() {
-            let at = (first + row) * q_dim + tile.head * dim;
-            out[at..at + dim].copy_from_slice(value);
-        }
-    }
-    out
+    let work = Attention {
+        cpu,
+        config,
+        q,
+        stride,
+        window,
+        tiles,
+    };
+    work.run()
 }
 
-/// The mixed values of one tile, `[tile.len, head_dim]`.
-fn attend_tile(
-    config: &ModelConfig,
-    q: &[f32],
-    span: &Span<'_>,
-    tile: &Tile,
-    window: Option<usize>,
-) -> Vec<f32> {
-    let (dim, kv_dim) = (config.head_dim, config.kv_dim());
-    let kv_offset = tile.head / (config.num_heads / config.num_kv_heads) * dim;
-    let last = span.past + tile.first + tile.len;
-    let oldest = |position: usize| window.map_or(0, |window| (position + 1).saturating_sub(window));
-    let low = oldest(span.past + tile.first);
-    let keys = last - low;
-    let q_at = (span.first + tile.first) * config.q_dim() + tile.head * dim;
-    let queries =
-        MatRef::from_row_major_slice_with_stride(&q[q_at..], tile.len, dim, config.q_dim());
-
-    let mut scores = vec![0.0; tile.len * keys];
-    let k = MatRef::from_row_major_slice_with_stride(
-        &span.keys[low * kv_dim + kv_offset..],
-        keys,
-        dim,
-        kv_dim,
-    );
-    let scale = 1.0 / (dim as f32).sqrt();
-    matmul_view(
-        MatMut::from_row_major_slice_mut(&mut scores, tile.len, keys),
-        queries,
-        k.transpose(),
-        scale,
-    );
-    for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-        let position = span.past + tile.first + row;
-        softmax_between(scores, oldest(position) - low, position + 1 - low);
+impl Attention<'_> {
+    fn run(&self) -> Vec<f32> {
+        let heads = self.config.num_kv_heads;
+        let group_dim = self.config.q_dim() / heads;
+        let rows: Vec<_> = self.tiles.iter().map(|tile| tile.rows.clone()).collect();
+        let columns: Vec<_> = (0..heads)
+            .map(|head| head * group_dim..(head + 1) * group_dim)
+            .collect();
+        // Few queries over many positions: the splits are shared out as well.
+        let few = self.tiles.len() * heads < 2 * self.cpu.pool.threads();
+        let parts = if few { self.split_states() } else { Vec::new() };
+        let mut out = vec![0.0; self.q.len() / self.stride * self.config.q_dim()];
+        let stride = self.config.q_dim();
+        self.cpu
+            .pool
+            .grid(&mut out, stride, &rows, &columns, |tile, head, mut out| {
+                let state = match few {
+                    true => self.merged(tile, head, &parts),
+                    false => self.state(tile, head, 0..self.tiles[tile].splits()),
+                };
+                let dim = self.config.head_dim;
+                for token in 0..out.rows() {
+                    for (at, out) in out.row(token).chunks_exact_mut(dim).enumerate() {
+                        state.write(token * (group_dim / dim) + at, out);
+                    }
+                }
+            });
+        out
     }
-    let mut out = vec![0.0; tile.len * dim];
-    let v = MatRef::from_row_major_slice_with_stride(
-        &span.values[low * kv_dim + kv_offset..],
-        keys,
-        dim,
-        kv_dim,
-    );
-    let scores = MatRef::from_row_major_slice(&scores, tile.len, keys);
-    matmul_view(
-        MatMut::from_row_major_slice_mut(&mut out, tile.len, dim),
-        scores,
-        v,
-        1.0,
-    );
-    out
+
+    /// The states of single splits with what they belong to, in order.
+    fn split_states(&self) -> Vec<(usize, usize, State)> {
+        let mut units = Vec::new();
+        for (number, tile) in self.tiles.iter().enumerate() {
+            for head in 0..self.config.num_kv_heads {
+                units.extend((0..tile.splits()).map(|split| (number, head, split)));
+            }
+        }
+        let states = self.cpu.pool.map(units.len(), |unit| {
+            let (tile, head, split) = units[unit];
+            self.state(tile, head, split..split + 1)
+        });
+        let units = units.into_iter().zip(states);
+        units
+            .map(|((tile, head, _), state)| (tile, head, state))
+            .collect()
+    }
+
+    fn merged(&self, tile: usize, head: usize, parts: &[(usize, usize, State)]) -> State {
+        let mut mine = parts
+            .iter()
+            .filter(|part| (part.0, part.1) == (tile, head))
+            .map(|part| &part.2);
+        let mut state = mine.next().expect("a query sees itself").clone();
+        mine.for_each(|part| state.merge(self.cpu.isa, part));
+        state
+    }
+
+    /// The state of a tile's queries of one key-value head after these splits.
+    fn state(&self, tile: usize, head: usize, splits: Range<usize>) -> State {
+        let tile = &self.tiles[tile];
+        let (dim, heads) = (self.config.head_dim, self.config.num_kv_heads);
+        let group_dim = self.config.q_dim() / heads;
+        let scale = 1.0 / (dim as f32).sqrt();
+        let mut q = Vec::with_capacity(tile.rows.len() * group_dim);
+        let mut seen = Vec::with_capacity(q.capacity() / dim);
+        for row in tile.rows.clone() {
+            let queries = &self.q[row * self.stride + head * group_dim..][..group_dim];
+            q.extend(queries.iter().map(|q| q * scale));
+            let end = tile.span.past + row - tile.span.first + 1;
+            let start = self.window.map_or(0, |window| end.saturating_sub(window));
+            seen.extend((0..group_dim / dim).map(|_| start..end));
+        }
+        let width = tile.span.cache.shape().value_width();
+        let mut state = State::new(seen.len(), width);
+        let mut scratch = Scratch::new(seen.len(), width);
+        let queries = Queries { q: &q, seen: &seen };
+        let cache = tile.span.cache;
+        attend_splits(
+            self.cpu.isa,
+            &queries,
+            cache,
+            head,
+            splits,
+            &mut state,
+            &mut scratch,
+        );
+        state
+    }
 }
 
-/// Softmax of `scores[from..to]`; everything outside becomes zero.
-fn softmax_between(scores: &mut [f32], from: usize, to: usize) {
-    scores[..from].fill(0.0);
-    scores[to..].fill(0.0);
-    let seen = &mut scores[from..to];
-    let max = math::max(seen);
-    seen.iter_mut()
-        .for_each(|score| *score = math::exp(*score - max));
-    let scale = 1.0 / math::sum(seen, |score| score);
-    seen.iter_mut().for_each(|score| *score *= scale);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Path;
+    use crate::kernels::Isa;
+    use crate::kv_cache::HeadShape;
+
+    fn config(heads: usize, kv_heads: usize, head_dim: usize) -> ModelConfig {
+        let text = format!(
+            r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
+            "head_dim": {head_dim}, "intermediate_size": 8, "vocab_size": 8, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": true}}"#
+        );
+        ModelConfig::from_json(text.as_bytes()).expect("a config")
+    }
+
+    /// Queries, keys and values of one sequence, `[tokens, q_dim + 2 · kv_dim]`.
+    struct Case {
+        config: ModelConfig,
+        rows: Vec<f32>,
+        tokens: usize,
+        window: Option<usize>,
+    }
+
+    impl Case {
+        fn new(config: ModelConfig, tokens: usize, window: Option<usize>) -> Self {
+            let stride = config.q_dim() + 2 * config.kv_dim();
+            // Scores of some size, so that maxima change from page to page.
+            let value = |i: usize| ((i * 7919 % 1009) as f32 * 0.123).sin() * 1.7;
+            Self {
+                rows: (0..tokens * stride).map(value).collect(),
+                config,
+                tokens,
+                window,
+            }
+        }
+
+        fn stride(&self) -> usize {
+            self.config.q_dim() + 2 * self.config.kv_dim()
+        }
+
+        /// All tokens in steps of the given lengths.
+        fn run(&self, cpu: &Cpu, steps: &[usize]) -> Vec<f32> {
+            assert_eq!(steps.iter().sum::<usize>(), self.tokens);
+            let (stride, q_dim) = (self.stride(), self.config.q_dim());
+            let mut cache = BlockCache::new(HeadShape::of(&self.config), 0);
+            let (mut out, mut past) = (Vec::new(), 0);
+            for &len in steps {
+                let rows = &self.rows[past * stride..(past + len) * stride];
+                cache.append(&cpu.pool, len, |token| {
+                    rows[token * stride + q_dim..(token + 1) * stride]
+                        .split_at(self.config.kv_dim())
+                });
+                let span = Span {
+                    first: 0,
+                    len,
+                    past,
+                    cache: &cache,
+                };
+                let mixed = attend(cpu, &self.config, (rows, stride), &[span], self.window);
+                out.extend(mixed);
+                past += len;
+            }
+            out
+        }
+
+        /// Softmax in f64 over the whole row: the mixed value of one channel and the largest value it mixes.
+        fn exact(&self, token: usize, head: usize, channel: usize) -> (f64, f64) {
+            let (dim, stride, q_dim) = (self.config.head_dim, self.stride(), self.config.q_dim());
+            let kv_head = head / (self.config.num_heads / self.config.num_kv_heads);
+            let at = |row: usize, from: usize| &self.rows[row * stride + from..][..dim];
+            let first = self
+                .window
+                .map_or(0, |window| (token + 1).saturating_sub(window));
+            let q = at(token, head * dim);
+            let (mut sum, mut mixed, mut largest) = (0.0, 0.0, 0f64);
+            for position in first..=token {
+                let key = at(position, q_dim + kv_head * dim);
+                let products = q
+                    .iter()
+                    .zip(key)
+                    .map(|(q, k)| f64::from(*q) * f64::from(*k));
+                let weight = (products.sum::<f64>() / (dim as f64).sqrt()).exp();
+                let v = at(position, q_dim + self.config.kv_dim() + kv_head * dim)[channel];
+                sum += weight;
+                mixed += weight * f64::from(v);
+                largest = largest.max(f64::from(v).abs());
+            }
+            (mixed / sum, largest)
+        }
+    }
+
+    #[test]
+    fn agrees_with_a_softmax_in_f64() {
+        let cases = [
+            Case::new(config(4, 2, 12), 150, None),
+            Case::new(config(2, 2, 64), 70, None),
+            Case::new(config(7, 1, 80), 65, None),
+            Case::new(config(4, 2, 16), 200, Some(33)),
+            Case::new(config(2, 1, 32), 3 * SPLIT / 2, None),
+        ];
+        let cpu = Cpu::new(Path::Fast, Isa::detect(), 2);
+        for case in &cases {
+            let out = case.run(&cpu, &[case.tokens]);
+            for token in (0..case.tokens).step_by(7).chain([case.tokens - 1]) {
+                for head in 0..case.config.num_heads {
+                    let dim = case.config.head_dim;
+                    for channel in [0, dim / 2, dim - 1] {
+                        let (exact, largest) = case.exact(token, head, channel);
+                        let got = out[token * case.config.q_dim() + head * dim + channel];
+                        // A score is off by about ε·dim·|q||k|/√dim, at most 3·dim·ε here, and a weight by as much
+                        // relatively; exponentials are good to 2⁻²², sums to ε per position.
+                        let epsilon = f64::from(f32::EPSILON);
+                        let relative = (3 * dim + token + 8) as f64 * epsilon;
+                        let error = (f64::from(got) - exact).abs();
+                        assert!(error <= 2.0 * relative * largest, "{token}: {error:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_bits_for_every_level_thread_count_and_step() {
+        let cases = [
+            Case::new(config(4, 2, 12), 150, None),
+            Case::new(config(7, 1, 80), 90, Some(40)),
+            Case::new(config(2, 1, 16), 2 * SPLIT + 5, None),
+            Case::new(config(2, 1, 16), 2 * SPLIT + 5, Some(SPLIT - 30)),
+        ];
+        for case in &cases {
+            let scalar = Cpu::new(Path::Fast, Isa::available()[0], 1);
+            let expected = case.run(&scalar, &[case.tokens]);
+            for isa in Isa::available() {
+                for threads in 1..=3 {
+                    let cpu = Cpu::new(Path::Fast, isa, threads);
+                    let n = case.tokens;
+                    for steps in [vec![n], vec![1; n], vec![n / 2, 1, n - n / 2 - 4, 3]] {
+                        let got = case.run(&cpu, &steps);
+                        let same = got
+                            .iter()
+                            .zip(&expected)
+                            .all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same, "{isa:?}, {threads} threads, {} steps", steps.len());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_visible() {
+        let mut case = Case::new(config(2, 1, 16), 80, None);
+        let (stride, q_dim) = (case.stride(), case.config.q_dim());
+        case.rows[70 * stride + q_dim] = f32::NAN;
+        let cpu = Cpu::new(Path::Fast, Isa::detect(), 1);
+        let out = case.run(&cpu, &[80]);
+        assert!(out[..70 * q_dim].iter().all(|value| value.is_finite()));
+        assert!(out[70 * q_dim..].iter().all(|value| value.is_nan()));
+    }
 }

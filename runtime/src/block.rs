@@ -4,14 +4,14 @@
 //! gate and up, `mix` is `silu(gate) · up` and `outer` is down. The walk uses the same four steps.
 
 use crate::attention::{Span, attend};
-use crate::kv_cache::BlockCache;
-use crate::linear::check_finite;
-use crate::math;
-use crate::rope::Rope;
+use crate::kernels::{Columns, elementwise};
+use crate::kv_cache::{BlockCache, HeadShape};
+use crate::linear::{Input, check_finite};
+use crate::rope::{Angles, Rope};
 use crate::spec::{LinearKind, QK_NORMS, bias_name, block_tensor, weight_name};
-use crate::{KvCache, Linear, Matrix, ModelConfig, RuntimeError};
+use crate::{Cpu, KvCache, Linear, Matrix, ModelConfig, RuntimeError};
 use qbin_format::Model;
-use rayon::prelude::*;
+use std::ops::Range;
 
 /// Elements of a unit of elementwise work.
 const ELEMENTS: usize = 1 << 14;
@@ -58,6 +58,7 @@ pub struct Block<'m> {
     qk_norms: Option<[Vec<f32>; 2]>,
     config: &'m ModelConfig,
     rope: &'m Rope,
+    cpu: &'m Cpu,
 }
 
 /// The rows of a batch that belong to one sequence, and the positions before them.
@@ -68,11 +69,31 @@ pub(crate) struct Rows {
     pub(crate) past: usize,
 }
 
+/// The rows of a batch with their rotary angles, the same for every block.
+pub(crate) struct Batch {
+    rows: Vec<Rows>,
+    angles: Angles,
+}
+
+impl Batch {
+    pub(crate) fn new(cpu: &Cpu, rope: &Rope, rows: Vec<Rows>) -> Self {
+        let positions: Vec<usize> = rows
+            .iter()
+            .flat_map(|rows| rows.past..rows.past + rows.len)
+            .collect();
+        Self {
+            angles: rope.angles(&cpu.pool, &positions),
+            rows,
+        }
+    }
+}
+
 impl<'m> Block<'m> {
     pub(crate) fn load(
         model: &'m Model,
         config: &'m ModelConfig,
         rope: &'m Rope,
+        cpu: &'m Cpu,
         index: usize,
     ) -> Result<Self, RuntimeError> {
         let vector = |rest: &str| load_vector(model, &block_tensor(index, rest));
@@ -106,6 +127,7 @@ impl<'m> Block<'m> {
             qk_norms,
             config,
             rope,
+            cpu,
         })
     }
 
@@ -119,41 +141,54 @@ impl<'m> Block<'m> {
         &mut self.linears[kind as usize]
     }
 
+    /// What it runs on.
+    pub fn cpu(&self) -> &'m Cpu {
+        self.cpu
+    }
+
     /// `norm(x)`: what the inner linears read. `x` is `[tokens, hidden]`.
     pub fn normed(&self, sublayer: Sublayer, x: &[f32]) -> Vec<f32> {
-        rms_norm(x, &self.norms[sublayer as usize], self.config.rms_norm_eps)
+        rms_norm(
+            self.cpu,
+            x,
+            &self.norms[sublayer as usize],
+            self.config.rms_norm_eps,
+        )
     }
 
     /// What the outer linear reads, for windows that all start at position 0: `normed` is
     /// `[windows · window_tokens, hidden]`.
     pub fn mixed(&self, sublayer: Sublayer, normed: &[f32], window_tokens: usize) -> Vec<f32> {
-        let rows: Vec<Rows> = windows(normed.len() / self.config.hidden_size, window_tokens);
-        self.mixed_rows(sublayer, normed, &rows, None)
+        let tokens = normed.len() / self.config.hidden_size;
+        let batch = Batch::new(self.cpu, self.rope, windows(tokens, window_tokens));
+        self.mixed_rows(sublayer, normed, &batch, None)
     }
 
     /// What the sublayer adds to the stream, for windows that all start at position 0; a few windows at a time,
     /// because the MLP's inner activations are much wider than the result.
     pub fn output(&self, sublayer: Sublayer, normed: &[f32], window_tokens: usize) -> Vec<f32> {
+        let mut out = vec![0.0; normed.len()];
         let windows = (OUTPUT_TOKENS / window_tokens).max(1);
         let batch = windows * window_tokens * self.config.hidden_size;
-        let batches = normed.chunks(batch);
-        batches
-            .flat_map(|normed| self.outer(sublayer, &self.mixed(sublayer, normed, window_tokens)))
-            .collect()
+        for (normed, out) in normed.chunks(batch).zip(out.chunks_mut(batch)) {
+            let mixed = self.mixed(sublayer, normed, window_tokens);
+            self.add_outer(sublayer, &mixed, out);
+        }
+        out
     }
 
-    /// What the sublayer adds to the stream, of what its outer linear reads.
-    pub fn outer(&self, sublayer: Sublayer, mixed: &[f32]) -> Vec<f32> {
+    /// Adds the sublayer's output to the stream `x`, given what its outer linear reads.
+    pub fn add_outer(&self, sublayer: Sublayer, mixed: &[f32], x: &mut [f32]) {
         self.linear(LinearKind::at(sublayer, Side::Outer)[0])
-            .apply(mixed)
+            .add_to(self.cpu, mixed, x);
     }
 
     /// The whole block: `x` is changed in place.
-    pub(crate) fn forward(&self, x: &mut [f32], rows: &[Rows], mut caches: Option<&mut [KvCache]>) {
+    pub(crate) fn forward(&self, x: &mut [f32], batch: &Batch, mut caches: Option<&mut [KvCache]>) {
         for sublayer in Sublayer::ALL {
             let normed = self.normed(sublayer, x);
-            let mixed = self.mixed_rows(sublayer, &normed, rows, caches.as_deref_mut());
-            add(x, &self.outer(sublayer, &mixed));
+            let mixed = self.mixed_rows(sublayer, &normed, batch, caches.as_deref_mut());
+            self.add_outer(sublayer, &mixed, x);
         }
     }
 
@@ -161,74 +196,119 @@ impl<'m> Block<'m> {
         &self,
         sublayer: Sublayer,
         normed: &[f32],
-        rows: &[Rows],
+        batch: &Batch,
         caches: Option<&mut [KvCache]>,
     ) -> Vec<f32> {
         match sublayer {
-            Sublayer::Attention => self.attention(normed, rows, caches),
-            Sublayer::Mlp => {
-                let mut gate = self.linear(LinearKind::Gate).apply(normed);
-                let up = self.linear(LinearKind::Up).apply(normed);
-                gate.par_chunks_mut(ELEMENTS)
-                    .zip(up.par_chunks(ELEMENTS))
-                    .for_each(|(gate, up)| {
-                        gate.iter_mut()
-                            .zip(up)
-                            .for_each(|(gate, up)| *gate = silu(*gate) * up);
-                    });
-                gate
-            }
+            Sublayer::Attention => self.attention(normed, batch, caches),
+            Sublayer::Mlp => self.gated(normed),
         }
     }
 
-    fn attention(&self, normed: &[f32], rows: &[Rows], caches: Option<&mut [KvCache]>) -> Vec<f32> {
-        let mut q = self.linear(LinearKind::Q).apply(normed);
-        let mut k = self.linear(LinearKind::K).apply(normed);
-        let v = self.linear(LinearKind::V).apply(normed);
-        if let Some([q_norm, k_norm]) = &self.qk_norms {
-            q = rms_norm(&q, q_norm, self.config.rms_norm_eps);
-            k = rms_norm(&k, k_norm, self.config.rms_norm_eps);
-        }
-        let positions: Vec<usize> = rows
-            .iter()
-            .flat_map(|rows| rows.past..rows.past + rows.len)
-            .collect();
-        self.rope.turn(&mut q, &positions);
-        self.rope.turn(&mut k, &positions);
-        let kv_dim = self.config.kv_dim();
-        let new = |rows: &Rows| rows.first * kv_dim..(rows.first + rows.len) * kv_dim;
-        let mut cached: Vec<&BlockCache> = Vec::new();
-        if let Some(caches) = caches {
-            for (cache, rows) in caches.iter_mut().zip(rows) {
-                let cache = cache.block_mut(self.index);
-                cache.keys.extend_from_slice(&k[new(rows)]);
-                cache.values.extend_from_slice(&v[new(rows)]);
-                cached.push(cache);
-            }
-        }
-        let spans: Vec<Span<'_>> = rows
-            .iter()
-            .enumerate()
-            .map(|(i, rows)| {
-                let (keys, values) = match cached.get(i) {
-                    Some(cache) => (cache.keys.as_slice(), cache.values.as_slice()),
-                    None => (&k[new(rows)], &v[new(rows)]),
-                };
-                Span {
-                    first: rows.first,
-                    len: rows.len,
-                    past: rows.past,
-                    keys,
-                    values,
+    /// `silu(gate) · up`, `[tokens, inner]`.
+    fn gated(&self, normed: &[f32]) -> Vec<f32> {
+        let (cpu, inner) = (self.cpu, self.config.intermediate_size);
+        let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
+        let input = Input::new(cpu, normed, &[gate, up]);
+        let tokens = normed.len() / self.config.hidden_size;
+        let mut out = vec![0.0; tokens * inner];
+        let ranges = gate.chunks(cpu.path);
+        cpu.pool
+            .columns(&mut out, inner, &ranges, |chunk, mut out| {
+                let rows = &ranges[chunk];
+                gate.rows(cpu, &input, rows.clone(), &mut out);
+                let mut ups = vec![0.0; tokens * rows.len()];
+                let mut columns = Columns::whole(&mut ups, rows.len());
+                up.rows(cpu, &input, rows.clone(), &mut columns);
+                for (token, up) in ups.chunks_exact(rows.len()).enumerate() {
+                    elementwise::silu_times(cpu.isa, out.row(token), up);
                 }
+            });
+        out
+    }
+
+    fn attention(&self, normed: &[f32], batch: &Batch, caches: Option<&mut [KvCache]>) -> Vec<f32> {
+        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
+        let stride = q_dim + 2 * kv_dim;
+        let mut qkv = self.qkv(normed);
+        self.turn(&mut qkv, &batch.angles);
+        let mut own: Vec<BlockCache> = Vec::new();
+        let mut all: Vec<&mut BlockCache> = match caches {
+            Some(caches) => {
+                let caches = caches.iter_mut();
+                caches.map(|cache| cache.block_mut(self.index)).collect()
+            }
+            None => {
+                let shape = HeadShape::of(self.config);
+                own.extend(
+                    batch
+                        .rows
+                        .iter()
+                        .map(|rows| BlockCache::new(shape, rows.len)),
+                );
+                own.iter_mut().collect()
+            }
+        };
+        for (cache, rows) in all.iter_mut().zip(&batch.rows) {
+            cache.append(&self.cpu.pool, rows.len, |token| {
+                qkv[(rows.first + token) * stride..][q_dim..stride].split_at(kv_dim)
+            });
+        }
+        let spans: Vec<Span<'_>> = batch
+            .rows
+            .iter()
+            .zip(&all)
+            .map(|(rows, cache)| Span {
+                first: rows.first,
+                len: rows.len,
+                past: rows.past,
+                cache,
             })
             .collect();
-        attend(
-            self.config,
-            &q,
-            &spans,
-            self.config.sliding_window[self.index],
-        )
+        let window = self.config.sliding_window[self.index];
+        attend(self.cpu, self.config, (&qkv, stride), &spans, window)
+    }
+
+    /// Queries, keys and values of every token side by side, `[tokens, q_dim + 2 · kv_dim]`.
+    fn qkv(&self, normed: &[f32]) -> Vec<f32> {
+        let linears = [LinearKind::Q, LinearKind::K, LinearKind::V].map(|kind| self.linear(kind));
+        let input = Input::new(self.cpu, normed, &linears);
+        let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
+        let mut columns = Vec::new();
+        let mut first = 0;
+        for linear in linears {
+            for rows in linear.chunks(self.cpu.path) {
+                columns.push(first + rows.start..first + rows.end);
+                chunks.push((linear, rows));
+            }
+            first += linear.rows;
+        }
+        let mut out = vec![0.0; normed.len() / self.config.hidden_size * first];
+        self.cpu
+            .pool
+            .columns(&mut out, first, &columns, |chunk, mut out| {
+                let (linear, rows) = &chunks[chunk];
+                linear.rows(self.cpu, &input, rows.clone(), &mut out);
+            });
+        out
+    }
+
+    /// Norms (where the model has them) and turns the heads of queries and keys.
+    fn turn(&self, qkv: &mut [f32], angles: &Angles) {
+        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
+        let (isa, eps) = (self.cpu.isa, self.config.rms_norm_eps);
+        let stride = q_dim + 2 * kv_dim;
+        let rows = rows_per_part(stride);
+        self.cpu.pool.parts(qkv, rows * stride, |part, qkv| {
+            for (row, qkv) in qkv.chunks_exact_mut(stride).enumerate() {
+                if let Some([q_norm, k_norm]) = &self.qk_norms {
+                    let (q, rest) = qkv.split_at_mut(q_dim);
+                    elementwise::rms_norm_heads(isa, q, q_norm, eps);
+                    elementwise::rms_norm_heads(isa, &mut rest[..kv_dim], k_norm, eps);
+                }
+                angles.turn(isa, &mut qkv[..q_dim + kv_dim], part * rows + row);
+            }
+        });
     }
 }
 
@@ -286,32 +366,20 @@ pub(crate) fn load_linear<'m>(
 }
 
 /// Root-mean-square norm over rows as wide as `weight`: `x / sqrt(mean(x²) + eps) · weight`.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
+    let rows = rows_per_part(width);
     let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(width)
-        .zip(x.par_chunks(width))
-        .with_min_len(32)
-        .for_each(|(out, x)| {
-            let mean = math::sum(x, |x| x * x) / width as f32;
-            let scale = 1.0 / (mean + eps).sqrt();
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * weight;
-            }
-        });
+    cpu.pool.parts(&mut out, rows * width, |part, out| {
+        let x = &x[part * rows * width..];
+        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            elementwise::rms_norm(cpu.isa, x, weight, eps, out);
+        }
+    });
     out
 }
 
-/// `x += y`.
-pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    x.par_chunks_mut(ELEMENTS)
-        .zip(y.par_chunks(ELEMENTS))
-        .for_each(|(x, y)| {
-            x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-        });
-}
-
-#[inline(always)]
-fn silu(x: f32) -> f32 {
-    x / (1.0 + math::exp(-x))
+/// Rows of a unit of elementwise work.
+fn rows_per_part(width: usize) -> usize {
+    (ELEMENTS / width).max(1)
 }

@@ -1,10 +1,10 @@
 //! The whole decoder: token ids in, logits out.
 
-use crate::block::{Block, Rows, load_linear, load_vector, rms_norm};
+use crate::block::{Batch, Block, Rows, load_linear, load_vector, rms_norm};
 use crate::config::ModelConfig;
 use crate::rope::Rope;
 use crate::spec::{self, EMBEDDING, FINAL_NORM, HEAD};
-use crate::{KvCache, Linear, RuntimeError};
+use crate::{Cpu, KvCache, Linear, RuntimeError};
 use qbin_format::{Model, Weight};
 
 /// The parts of a model that its blocks borrow.
@@ -13,6 +13,8 @@ pub struct Parts<'m> {
     pub model: &'m Model,
     /// Its shape.
     pub config: ModelConfig,
+    /// What it runs on.
+    pub cpu: Cpu,
     rope: Rope,
 }
 
@@ -21,7 +23,7 @@ impl<'m> Parts<'m> {
     ///
     /// # Errors
     /// A missing or unusable `config.json`, or a tensor that does not fit it.
-    pub fn new(model: &'m Model) -> Result<Self, RuntimeError> {
+    pub fn new(model: &'m Model, cpu: &Cpu) -> Result<Self, RuntimeError> {
         let text = model
             .file("config.json")
             .ok_or(RuntimeError::MissingFile("config.json"))?;
@@ -31,6 +33,7 @@ impl<'m> Parts<'m> {
         Ok(Self {
             model,
             config,
+            cpu: cpu.clone(),
             rope,
         })
     }
@@ -40,7 +43,7 @@ impl<'m> Parts<'m> {
     /// # Errors
     /// A norm or bias that is not finite.
     pub fn block(&self, index: usize) -> Result<Block<'_>, RuntimeError> {
-        Block::load(self.model, &self.config, &self.rope, index)
+        Block::load(self.model, &self.config, &self.rope, &self.cpu, index)
     }
 
     /// The embeddings of `tokens`, `[tokens, hidden]`.
@@ -114,6 +117,11 @@ impl<'m> Decoder<'m> {
         &self.parts.config
     }
 
+    /// What it runs on.
+    pub fn cpu(&self) -> &Cpu {
+        &self.parts.cpu
+    }
+
     /// An empty cache for one sequence.
     pub fn cache(&self, positions: usize) -> KvCache {
         KvCache::new(self.config(), positions)
@@ -152,20 +160,26 @@ impl<'m> Decoder<'m> {
         }
         let mut x = self.parts.embed(&sequences.concat())?;
         let mut caches = caches;
+        let batch = Batch::new(&self.parts.cpu, &self.parts.rope, rows);
         for block in &self.blocks {
-            block.forward(&mut x, &rows, caches.as_deref_mut());
+            block.forward(&mut x, &batch, caches.as_deref_mut());
         }
         finite(
             &x,
             self.blocks.len().saturating_sub(1),
             self.config().hidden_size,
         )?;
-        Ok(rms_norm(&x, &self.norm, self.config().rms_norm_eps))
+        Ok(rms_norm(
+            &self.parts.cpu,
+            &x,
+            &self.norm,
+            self.config().rms_norm_eps,
+        ))
     }
 
     /// The logits of rows of [`Decoder::forward`]'s result, `[rows, vocab]`.
     pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
-        self.head.apply(hidden)
+        self.head.apply(&self.parts.cpu, hidden)
     }
 }
 

@@ -3,9 +3,9 @@
 //! Every figure belongs to a [`Protocol`], because the same words name different numbers. Errors are
 //! standard errors over windows: tokens of one window are not independent of each other.
 
-use crate::math;
+use crate::kernels::Isa;
+use crate::kernels::logits::{argmax, divergence, log_sum_exp};
 use crate::{Decoder, RuntimeError};
-use rayon::prelude::*;
 use serde::Serialize;
 
 /// Tokens run at once.
@@ -245,8 +245,9 @@ pub fn perplexity(
     windows: &[Vec<u32>],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, RuntimeError> {
+    let isa = decoder.cpu().isa;
     let rows = score(&[decoder], protocol, windows, progress, |logits, target| {
-        -log_softmax(logits[0])[target]
+        log_sum_exp(isa, logits[0]) - f64::from(logits[0][target])
     })?;
     Ok(Perplexity::of(
         protocol,
@@ -274,12 +275,13 @@ pub fn compare(
     if left != right {
         return Err(RuntimeError::VocabularyMismatch { left, right });
     }
+    let isa = base.cpu().isa;
     let rows = score(
         &[base, model],
         protocol,
         windows,
         progress,
-        |logits, target| Pair::of(logits[0], logits[1], target),
+        |logits, target| Pair::of(isa, logits[0], logits[1], target),
     )?;
     let per_window = rows.len() / windows.len();
     let column = |pick: fn(&Pair) -> f64| rows.iter().map(pick).collect::<Vec<f64>>();
@@ -315,36 +317,15 @@ struct Pair {
 }
 
 impl Pair {
-    fn of(base: &[f32], model: &[f32], target: usize) -> Self {
-        let same_top = crate::sampler::argmax(base) == crate::sampler::argmax(model);
-        let (base, model) = (log_softmax(base), log_softmax(model));
-        let p: Vec<f32> = base.iter().map(|&ln_p| math::exp(ln_p as f32)).collect();
-        let kl = p
-            .iter()
-            .zip(&base)
-            .zip(&model)
-            .map(|((&p, ln_p), ln_q)| f64::from(p) * (ln_p - ln_q))
-            .sum();
+    fn of(isa: Isa, base: &[f32], model: &[f32], target: usize) -> Self {
+        let (base_sum, model_sum) = (log_sum_exp(isa, base), log_sum_exp(isa, model));
         Self {
-            base_nll: -base[target],
-            model_nll: -model[target],
-            kl,
-            same_top,
+            base_nll: base_sum - f64::from(base[target]),
+            model_nll: model_sum - f64::from(model[target]),
+            kl: divergence(isa, (base, base_sum), (model, model_sum)),
+            same_top: argmax(isa, base) == argmax(isa, model),
         }
     }
-}
-
-/// Log probabilities, in f64: the differences of close models live in the last digits.
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let max = math::max(logits);
-    // Apart from the sum, whose fixed order keeps it off vectors.
-    let exponentials: Vec<f32> = logits.iter().map(|&logit| math::exp(logit - max)).collect();
-    let sum: f64 = exponentials.iter().map(|&value| f64::from(value)).sum();
-    let shift = f64::from(max) + sum.ln();
-    logits
-        .iter()
-        .map(|&logit| f64::from(logit) - shift)
-        .collect()
 }
 
 /// Runs all models over all windows and maps the logits in front of every scored token to a value.
@@ -384,17 +365,16 @@ fn score<T: Send>(
                     decoder.logits(&rows)
                 })
                 .collect();
-            let values = targets.par_iter().enumerate().map(|(i, &at)| {
+            let pool = &decoders[0].cpu().pool;
+            out.extend(pool.map(targets.len(), |i| {
+                let at = targets[i];
                 let logits: Vec<&[f32]> = logits
                     .iter()
                     .map(|logits| &logits[i * vocab..(i + 1) * vocab])
                     .collect();
-                row(
-                    &logits,
-                    chunk[at / protocol.window][at % protocol.window] as usize,
-                )
-            });
-            out.extend(values.collect::<Vec<T>>());
+                let target = chunk[at / protocol.window][at % protocol.window];
+                row(&logits, target as usize)
+            }));
         }
     }
     progress(windows.len(), windows.len());
@@ -444,7 +424,7 @@ mod tests {
     #[test]
     fn pair_of_a_case_done_by_hand() {
         let (a, b) = ([0.0f32, 3.0f32.ln()], [0.0f32, 0.0]);
-        let pair = Pair::of(&a, &b, 0);
+        let pair = Pair::of(Isa::detect(), &a, &b, 0);
         // p = (1/4, 3/4), q = (1/2, 1/2).
         let kl = 0.25 * (0.5f64).ln() + 0.75 * (1.5f64).ln();
         assert!((pair.kl - kl).abs() <= 1e-7, "{}", pair.kl);

@@ -29,7 +29,7 @@ pub fn generate(
     let mut done: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
     let mut samplers = requests
         .iter()
-        .map(|request| Sampler::new(request.sampling))
+        .map(|request| Sampler::new(request.sampling, decoder.cpu().isa))
         .collect::<Result<Vec<_>, _>>()?;
     let mut caches: Vec<_> = requests
         .iter()

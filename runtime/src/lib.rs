@@ -5,11 +5,14 @@
 //! [`generate`] sampling from it, [`walk`] the pass over blocks in which weights are rewritten,
 //! [`eval`] perplexity and the comparison with another model.
 //!
-//! Everything here is the *reference path*: weights dequantized to f32, f32 arithmetic.
+//! A linear is computed on one of two [`Path`]s: the *reference path*, weights dequantized to f32 and f32 arithmetic,
+//! or the *fast path*, packed weights as they are with int8 activations ([`kernels`]). Everything between the linears
+//! is the same on both.
 
 mod attention;
 mod block;
 pub mod config;
+mod cpu;
 mod decoder;
 mod error;
 pub mod eval;
@@ -26,6 +29,7 @@ pub mod walk;
 
 pub use block::{Block, Side, Sublayer};
 pub use config::ModelConfig;
+pub use cpu::{Cpu, Path, UnknownPath};
 pub use decoder::{Decoder, Parts};
 pub use error::RuntimeError;
 pub use gemm::matmul_nt;

@@ -1,14 +1,20 @@
-//! One linear layer of the reference path: `y = x · Wᵀ + b` in f32.
+//! One linear layer: `y = x · Wᵀ + b`.
 
-use crate::{RuntimeError, matmul_nt};
+use crate::kernels::dense::{Dense, matmul_dense};
+use crate::kernels::{Activations, Columns, activation_group, elementwise, matmul};
+use crate::{Cpu, Path, RuntimeError, matmul_nt};
 use qbin_format::Weight;
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
 
-/// Rows of W per unit of parallel work; fixed, so that results do not depend on the thread count.
-const PANEL_ROWS: usize = 128;
-/// Tokens per sweep over W; bounds the memory of the panels' outputs.
-const SLAB_TOKENS: usize = 1024;
+/// Rows of W per unit of parallel work; fixed, so that results do not depend on the thread count. The reference path
+/// dequantizes a panel for all tokens; the fast path reads a few microseconds' worth of memory at a time.
+const REFERENCE_ROWS: usize = 128;
+const FAST_ROWS: usize = 64;
+
+/// Tokens whose activations one thread quantizes at a time.
+const QUANTIZE_TOKENS: usize = 8;
 
 /// A weight matrix `[rows, cols]`, row major.
 pub enum Matrix<'m> {
@@ -32,65 +38,162 @@ pub struct Linear<'m> {
     pub bias: Option<Vec<f32>>,
 }
 
+/// Activations `[tokens, cols]` in every form that some linears read.
+pub(crate) struct Input<'a> {
+    x: &'a [f32],
+    cols: usize,
+    /// For the fast path: int8, by size of group.
+    quantized: Vec<Activations>,
+}
+
+impl<'a> Input<'a> {
+    /// # Panics
+    /// If the linears have inputs of different widths, or `x` is not a whole number of rows.
+    pub(crate) fn new(cpu: &Cpu, x: &'a [f32], linears: &[&Linear<'_>]) -> Self {
+        let cols = linears[0].cols;
+        let mut input = Self {
+            x,
+            cols,
+            quantized: Vec::new(),
+        };
+        for linear in linears {
+            assert!(
+                x.len().is_multiple_of(cols) && linear.cols == cols,
+                "{}: {} inputs for {} columns",
+                linear.name,
+                x.len(),
+                linear.cols
+            );
+            input.prepare(cpu, linear);
+        }
+        input
+    }
+
+    fn prepare(&mut self, cpu: &Cpu, linear: &Linear<'_>) {
+        let Matrix::Stored(Weight::Quantized(view)) = &linear.weight else {
+            return;
+        };
+        let group = activation_group(view.scheme, self.cols);
+        if cpu.path == Path::Reference || self.quantized.iter().any(|x| x.group() == group) {
+            return;
+        }
+        let mut activations = Activations::default();
+        activations.reset(self.tokens(), self.cols, view.scheme);
+        let mut parts: Vec<_> = activations.parts(QUANTIZE_TOKENS).map(Some).collect();
+        let x = self.x;
+        cpu.pool.parts(&mut parts, 1, |number, part| {
+            let part = part[0].take().expect("each part is filled once");
+            let first = number * QUANTIZE_TOKENS * self.cols;
+            let len = part.tokens() * self.cols;
+            part.fill(cpu.isa, &x[first..first + len]);
+        });
+        drop(parts);
+        self.quantized.push(activations);
+    }
+
+    fn tokens(&self) -> usize {
+        self.x.len() / self.cols
+    }
+}
+
 impl Linear<'_> {
     /// `x[tokens, cols]` to `[tokens, rows]`.
     ///
     /// # Panics
     /// If `x` is not a whole number of rows of `cols`.
-    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
-        assert!(
-            x.len().is_multiple_of(self.cols),
-            "{}: {} inputs for {} columns",
-            self.name,
-            x.len(),
-            self.cols
-        );
-        let mut out = vec![0.0; x.len() / self.cols * self.rows];
-        for (x, out) in x
-            .chunks(SLAB_TOKENS * self.cols)
-            .zip(out.chunks_mut(SLAB_TOKENS * self.rows))
-        {
-            self.apply_slab(x, out);
-        }
+    pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
+        let input = Input::new(cpu, x, &[self]);
+        let mut out = vec![0.0; input.tokens() * self.rows];
+        let ranges = self.chunks(cpu.path);
+        cpu.pool
+            .columns(&mut out, self.rows, &ranges, |chunk, mut out| {
+                self.rows(cpu, &input, ranges[chunk].clone(), &mut out);
+            });
         out
     }
 
-    fn apply_slab(&self, x: &[f32], out: &mut [f32]) {
-        let tokens = x.len() / self.cols;
-        let starts: Vec<usize> = (0..self.rows).step_by(PANEL_ROWS).collect();
-        let panels: Vec<Vec<f32>> = starts
-            .par_iter()
-            .map(|&first| self.panel(x, tokens, first))
-            .collect();
-        out.par_chunks_mut(self.rows)
-            .enumerate()
-            .for_each(|(token, row)| {
-                for (&first, panel) in starts.iter().zip(&panels) {
-                    let width = panel.len() / tokens;
-                    row[first..first + width]
-                        .copy_from_slice(&panel[token * width..(token + 1) * width]);
-                }
-                if let Some(bias) = &self.bias {
-                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-                }
-            });
+    /// `y += x · Wᵀ + b`, with `x[tokens, cols]` and `y[tokens, rows]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub(crate) fn add_to(&self, cpu: &Cpu, x: &[f32], y: &mut [f32]) {
+        let input = Input::new(cpu, x, &[self]);
+        let tokens = input.tokens();
+        assert_eq!(y.len(), tokens * self.rows, "{}: outputs", self.name);
+        let ranges = self.chunks(cpu.path);
+        cpu.pool.columns(y, self.rows, &ranges, |chunk, mut y| {
+            let width = y.width();
+            let mut sums = vec![0.0; tokens * width];
+            let mut columns = Columns::whole(&mut sums, width);
+            self.rows(cpu, &input, ranges[chunk].clone(), &mut columns);
+            for (token, sums) in sums.chunks_exact(width).enumerate() {
+                elementwise::add(cpu.isa, y.row(token), sums);
+            }
+        });
     }
 
-    /// Output features `first..first + PANEL_ROWS` for all tokens, `[tokens, width]`.
-    fn panel(&self, x: &[f32], tokens: usize, first: usize) -> Vec<f32> {
-        let last = (first + PANEL_ROWS).min(self.rows);
-        let width = last - first;
+    /// The rows in units of parallel work.
+    pub(crate) fn chunks(&self, path: Path) -> Vec<Range<usize>> {
+        let size = match path {
+            Path::Reference => REFERENCE_ROWS,
+            Path::Fast => FAST_ROWS,
+        };
+        let starts = (0..self.rows).step_by(size);
+        starts
+            .map(|first| first..(first + size).min(self.rows))
+            .collect()
+    }
+
+    /// Output features `rows`, one of [`Linear::chunks`], for all tokens.
+    pub(crate) fn rows(
+        &self,
+        cpu: &Cpu,
+        input: &Input<'_>,
+        rows: Range<usize>,
+        out: &mut Columns<'_>,
+    ) {
+        match (cpu.path, &self.weight) {
+            (Path::Reference, _) => self.reference(input, rows.clone(), out),
+            (Path::Fast, Matrix::Stored(Weight::Quantized(view))) => {
+                let group = activation_group(view.scheme, self.cols);
+                let activations = input.quantized.iter().find(|x| x.group() == group);
+                let activations = activations.expect("prepared for this linear");
+                matmul(cpu.isa, view, rows.clone(), activations, out);
+            }
+            (Path::Fast, Matrix::Stored(Weight::Dense(view))) => {
+                let weight = Dense::Stored(*view);
+                matmul_dense(cpu.isa, weight, rows.clone(), input.x, self.cols, out);
+            }
+            (Path::Fast, Matrix::Owned(weight)) => {
+                let weight = Dense::Owned(weight);
+                matmul_dense(cpu.isa, weight, rows.clone(), input.x, self.cols, out);
+            }
+        }
+        if let Some(bias) = &self.bias {
+            for token in 0..out.rows() {
+                elementwise::add(cpu.isa, out.row(token), &bias[rows.clone()]);
+            }
+        }
+    }
+
+    /// The same with the weights in f32.
+    fn reference(&self, input: &Input<'_>, rows: Range<usize>, out: &mut Columns<'_>) {
+        let (tokens, width) = (input.tokens(), rows.len());
         let weight = match &self.weight {
-            Matrix::Owned(weight) => Cow::Borrowed(&weight[first * self.cols..last * self.cols]),
+            Matrix::Owned(weight) => {
+                Cow::Borrowed(&weight[rows.start * self.cols..rows.end * self.cols])
+            }
             Matrix::Stored(stored) => {
                 let mut panel = vec![0.0; width * self.cols];
-                stored.read_rows_f32(first..last, &mut panel);
+                stored.read_rows_f32(rows, &mut panel);
                 Cow::Owned(panel)
             }
         };
-        let mut out = vec![0.0; tokens * width];
-        matmul_nt(&mut out, x, &weight, (tokens, self.cols, width));
-        out
+        let mut panel = vec![0.0; tokens * width];
+        matmul_nt(&mut panel, input.x, &weight, (tokens, self.cols, width));
+        for (token, panel) in panel.chunks_exact(width).enumerate() {
+            out.row(token).copy_from_slice(panel);
+        }
     }
 
     /// Brings the weight into memory, so that it can be changed, and checks that it is finite.
@@ -102,10 +205,10 @@ impl Linear<'_> {
             let mut weight = vec![0.0; self.rows * self.cols];
             let cols = self.cols;
             weight
-                .par_chunks_mut(PANEL_ROWS * cols)
+                .par_chunks_mut(REFERENCE_ROWS * cols)
                 .enumerate()
                 .for_each(|(panel, out)| {
-                    let first = panel * PANEL_ROWS;
+                    let first = panel * REFERENCE_ROWS;
                     stored.read_rows_f32(first..first + out.len() / cols, out);
                 });
             check_finite(&self.name, &weight)?;

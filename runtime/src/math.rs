@@ -31,6 +31,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 const LANES: usize = 16;
 
 /// The largest of `values`; −∞ if there are none. NaNs are passed over.
+#[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
     let (chunks, tail) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -2,7 +2,10 @@
 //! Hugging Face checkpoints: channel `i` turns with channel `i + head_dim/2`.
 
 use crate::config::{ModelConfig, RopeScaling};
-use rayon::prelude::*;
+use crate::kernels::{Isa, Pool, elementwise};
+
+/// Positions of a unit of parallel work.
+const POSITIONS: usize = 64;
 
 /// Rotary frequencies of a model, radians per position, `[head_dim / 2]`.
 #[derive(Clone, Debug)]
@@ -24,29 +27,37 @@ impl Rope {
         Self { frequencies }
     }
 
-    /// Turns every head of `x[tokens, heads · head_dim]`; row `t` stands at `positions[t]`.
-    pub(crate) fn turn(&self, x: &mut [f32], positions: &[usize]) {
+    /// The angles of these positions.
+    pub(crate) fn angles(&self, pool: &Pool, positions: &[usize]) -> Angles {
         let half = self.frequencies.len();
-        let width = x.len() / positions.len().max(1);
-        let rows = x
-            .par_chunks_exact_mut(width)
-            .zip(positions)
-            .with_min_len(64);
-        rows.for_each_init(
-            || vec![(0.0f32, 0.0f32); half],
-            |table, (row, &position)| {
-                for (entry, &frequency) in table.iter_mut().zip(&self.frequencies) {
+        let mut table = vec![0.0; 2 * half * positions.len()];
+        pool.parts(&mut table, 2 * half * POSITIONS, |part, table| {
+            let positions = &positions[part * POSITIONS..];
+            for (table, &position) in table.chunks_exact_mut(2 * half).zip(positions) {
+                let (sin, cos) = table.split_at_mut(half);
+                for ((sin, cos), &frequency) in sin.iter_mut().zip(cos).zip(&self.frequencies) {
                     // f32, as the reference implementation does it.
-                    *entry = (position as f32 * frequency).sin_cos();
+                    (*sin, *cos) = (position as f32 * frequency).sin_cos();
                 }
-                for head in row.chunks_exact_mut(2 * half) {
-                    let (low, high) = head.split_at_mut(half);
-                    for ((a, b), &(sin, cos)) in low.iter_mut().zip(high).zip(&*table) {
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                    }
-                }
-            },
-        );
+            }
+        });
+        Angles { table, half }
+    }
+}
+
+/// The angles of some positions.
+#[derive(Debug)]
+pub(crate) struct Angles {
+    /// `[positions, 2, head_dim / 2]`, sines before cosines.
+    table: Vec<f32>,
+    half: usize,
+}
+
+impl Angles {
+    /// Turns every head of one row, which stands at the position number `row` of these.
+    pub(crate) fn turn(&self, isa: Isa, heads: &mut [f32], row: usize) {
+        let (sin, cos) = self.table[2 * row * self.half..][..2 * self.half].split_at(self.half);
+        elementwise::turn(isa, heads, sin, cos);
     }
 }
 

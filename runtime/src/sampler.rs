@@ -1,6 +1,8 @@
 //! Choosing the next token from its logits.
 
 use crate::RuntimeError;
+use crate::kernels::Isa;
+use crate::kernels::logits::{argmax, likelihoods};
 use rand::RngExt as _;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -71,16 +73,18 @@ impl Sampling {
 #[derive(Clone, Debug)]
 pub struct Sampler {
     sampling: Sampling,
+    isa: Isa,
     rng: ChaCha8Rng,
 }
 
 impl Sampler {
     /// # Errors
     /// A sampling parameter outside its range.
-    pub fn new(sampling: Sampling) -> Result<Self, RuntimeError> {
+    pub fn new(sampling: Sampling, isa: Isa) -> Result<Self, RuntimeError> {
         sampling.check()?;
         Ok(Self {
             sampling,
+            isa,
             rng: ChaCha8Rng::seed_from_u64(sampling.seed),
         })
     }
@@ -92,53 +96,108 @@ impl Sampler {
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         assert!(!logits.is_empty(), "no logits to choose from");
         if self.sampling.temperature == 0.0 {
-            return argmax(logits);
+            return argmax(self.isa, logits);
         }
-        let kept = self.candidates(logits);
-        let total: f32 = kept.iter().map(|(_, p)| p).sum();
+        let (likelihoods, sum) = likelihoods(self.isa, logits, self.sampling.temperature);
+        let mut ranking = Ranking::new(likelihoods);
+        let (kept, total) = self.filter(&mut ranking, sum);
         let mut at = self.rng.random::<f32>() * total;
-        for &(id, p) in &kept {
-            at -= p;
+        let mut last = None;
+        for rank in 0..kept {
+            let Some((id, likelihood)) = ranking.get(rank) else {
+                break;
+            };
+            at -= likelihood;
+            last = Some(id);
             if at < 0.0 {
-                return id;
+                break;
             }
         }
-        kept[kept.len() - 1].0
+        // Only logits of which none is a number leave nothing to choose from.
+        last.unwrap_or(0)
     }
 
-    /// The tokens that pass the filters, most likely first, with unnormalised probabilities (the first
-    /// has 1).
-    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f32)> {
-        let max = logits[argmax(logits) as usize];
-        let mut all: Vec<(u32, f32)> = logits
-            .iter()
-            .enumerate()
-            .map(|(id, &logit)| (id as u32, ((logit - max) / self.sampling.temperature).exp()))
-            .collect();
-        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if self.sampling.top_k > 0 {
-            all.truncate(self.sampling.top_k);
+    /// How many of the most likely tokens pass the filters, and the sum of their likelihoods; `sum` is that of all.
+    fn filter(&self, ranking: &mut Ranking, sum: f32) -> (usize, f32) {
+        let Sampling {
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.sampling;
+        let len = ranking.likelihoods.len();
+        let (limit, mut total) = match top_k {
+            0 => (len, sum),
+            k if k >= len => (len, sum),
+            k => (
+                k,
+                (0..k)
+                    .filter_map(|rank| ranking.get(rank))
+                    .map(|(_, p)| p)
+                    .sum(),
+            ),
+        };
+        if top_p == 1.0 && min_p == 0.0 {
+            return (limit, total);
         }
-        let total: f32 = all.iter().map(|(_, p)| p).sum();
-        let mut sum = 0.0;
-        let mut keep = 0;
-        while keep < all.len() && (keep == 0 || sum < self.sampling.top_p * total) {
-            sum += all[keep].1;
-            keep += 1;
+        let enough = top_p * total;
+        let mut kept = 0;
+        total = 0.0;
+        while kept < limit && (kept == 0 || total < enough) {
+            match ranking.get(kept) {
+                Some((_, likelihood)) if likelihood >= min_p => total += likelihood,
+                _ => break,
+            }
+            kept += 1;
         }
-        all.truncate(keep);
-        all.retain(|(_, p)| *p >= self.sampling.min_p);
-        all
+        (kept, total)
     }
 }
 
-/// Index of the largest value; the first of equals.
-pub(crate) fn argmax(values: &[f32]) -> u32 {
-    let best = values.iter().enumerate().fold(
-        0,
-        |best, (i, value)| if *value > values[best] { i } else { best },
-    );
-    best as u32
+/// Tokens by falling likelihood, as far down as somebody asks: sorting a whole vocabulary takes longer than computing
+/// its logits.
+struct Ranking {
+    /// By id, relative to the most likely.
+    likelihoods: Vec<f32>,
+    /// The most likely ones, in order: all with a likelihood of at least `floor`.
+    ranked: Vec<(u32, f32)>,
+    floor: f32,
+}
+
+impl Ranking {
+    fn new(likelihoods: Vec<f32>) -> Self {
+        Self {
+            likelihoods,
+            ranked: Vec::new(),
+            floor: f32::INFINITY,
+        }
+    }
+
+    /// The token of this rank with its likelihood.
+    fn get(&mut self, rank: usize) -> Option<(u32, f32)> {
+        while rank >= self.ranked.len() && self.floor > 0.0 {
+            self.lower();
+        }
+        self.ranked.get(rank).copied()
+    }
+
+    /// Ranks the next band of likelihoods.
+    fn lower(&mut self) {
+        let above = self.floor;
+        // The last band holds everything that is left.
+        self.floor = match above {
+            f32::INFINITY => 1.0 / 16.0,
+            _ if above > 1e-6 => above / 16.0,
+            _ => 0.0,
+        };
+        let start = self.ranked.len();
+        let band = self.floor..above;
+        let all = self.likelihoods.iter().enumerate();
+        let found = all.filter(|(_, likelihood)| band.contains(*likelihood));
+        self.ranked.extend(found.map(|(id, &p)| (id as u32, p)));
+        // Stable, so that smaller ids stay first.
+        self.ranked[start..].sort_by(|a, b| b.1.total_cmp(&a.1));
+    }
 }
 
 #[cfg(test)]
@@ -146,7 +205,7 @@ mod tests {
     use super::*;
 
     fn counts(sampling: Sampling, logits: &[f32], draws: usize) -> Vec<usize> {
-        let mut sampler = Sampler::new(sampling).expect("valid parameters");
+        let mut sampler = Sampler::new(sampling, Isa::detect()).expect("valid parameters");
         let mut counts = vec![0; logits.len()];
         (0..draws).for_each(|_| counts[sampler.choose(logits) as usize] += 1);
         counts
@@ -218,6 +277,20 @@ mod tests {
     }
 
     #[test]
+    fn ranks_are_those_of_a_sort() {
+        let likelihoods: Vec<f32> = (0..3000)
+            .map(|i| (-((i * 7919 % 2003) as f32) * 0.05).exp())
+            .collect();
+        let mut sorted: Vec<(u32, f32)> = (0..).zip(likelihoods.iter().copied()).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let mut ranking = Ranking::new(likelihoods);
+        for (rank, expected) in sorted.iter().enumerate() {
+            assert_eq!(ranking.get(rank), Some(*expected), "{rank}");
+        }
+        assert_eq!(ranking.get(sorted.len()), None);
+    }
+
+    #[test]
     fn parameters_out_of_range_are_refused() {
         let base = Sampling::default();
         for bad in [
@@ -232,7 +305,7 @@ mod tests {
             Sampling { top_p: 0.0, ..base },
             Sampling { min_p: 1.5, ..base },
         ] {
-            assert!(Sampler::new(bad).is_err(), "{bad:?}");
+            assert!(Sampler::new(bad, Isa::detect()).is_err(), "{bad:?}");
         }
     }
 }

@@ -7,7 +7,6 @@
 //! wants the inputs of the original model leaves the block's weights as they are and only reports
 //! its results.
 
-use crate::block::add;
 use crate::decoder::{Parts, finite};
 use crate::spec::{EMBEDDING, LinearKind, weight_name};
 use crate::{Block, RuntimeError, Side, Sublayer};
@@ -283,7 +282,7 @@ impl Walker<'_, '_> {
             let batch = &mut self.stream.x[start..end];
             let normed = block.normed(sublayer, batch);
             let mixed = block.mixed(sublayer, &normed, window_tokens);
-            add(batch, &block.outer(sublayer, &mixed));
+            block.add_outer(sublayer, &mixed, batch);
             let tokens = (end - start) / self.stream.hidden;
             for side in [Side::Inner, Side::Outer] {
                 self.tick_tokens(

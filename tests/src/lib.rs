@@ -7,6 +7,8 @@ pub mod run;
 
 use std::path::{Path, PathBuf};
 
+use qbin_runtime::kernels::Isa;
+use qbin_runtime::{Cpu, Path as Arithmetic};
 use serde_json::Value;
 
 /// Root of the repository.
@@ -15,6 +17,21 @@ pub fn root() -> PathBuf {
         .parent()
         .expect("this package is a folder of the repository")
         .to_path_buf()
+}
+
+/// The reference path at the level that `QBIN_ISA` names, or else the highest there is, on two threads.
+///
+/// # Panics
+/// If this machine does not have that level.
+pub fn reference_cpu() -> Cpu {
+    let isa = std::env::var("QBIN_ISA").map_or_else(
+        |_| Isa::detect(),
+        |name| {
+            let level = name.parse().expect("a level");
+            Isa::at(level).expect("a level of this machine")
+        },
+    );
+    Cpu::new(Arithmetic::Reference, isa, 2)
 }
 
 /// The golden file `tests/golden/{name}`, for example `logits/llama2.json`.

@@ -147,9 +147,10 @@ fn every_flipped_bit_of_a_header_is_noticed() {
     let header_bytes = bytes.len() - split(&bytes).1.len();
 
     let path = lab.path("model/model.safetensors");
+    let cpu = qbin_tests::reference_cpu();
     let opens = || {
         let model = qbin_format::Model::open(&path).map_err(|error| error.to_string())?;
-        qbin_runtime::Parts::new(&model)
+        qbin_runtime::Parts::new(&model, &cpu)
             .map(|_| ())
             .map_err(|error| error.to_string())
     };

@@ -186,8 +186,8 @@ fn recipes_that_cannot_be_meant_are_refused() {
         &["4:2", "2:4"],
     );
     check(
-        "[[pass]]\nmethod = \"magnitude\"\nsparsity = 0.5\n[[pass]]\nmethod = \"gptq\"",
-        &["gptq", "zeros"],
+        "[[pass]]\nmethod = \"sparsegpt\"\njoint = true\nsparsity = 0.5\n[[pass]]\nmethod = \"rtn\"",
+        &["joint", "gptq", "rtn"],
     );
     check("[[pass", &["TOML"]);
     // Valid as a recipe, but not for this model.
@@ -208,6 +208,61 @@ fn recipes_that_cannot_be_meant_are_refused() {
     lab.refuse(
         "quantize --recipe recipe.toml --bits 8 model out.qbin",
         &["--recipe", "--bits"],
+    );
+}
+
+#[test]
+fn sparsities_that_cannot_be_are_refused() {
+    let lab = lab();
+    for sparsity in ["1", "-0.5", "half", "4:4", "4:2", "0:4", "2:"] {
+        let words = [sparsity, "0.5", "2:4"];
+        lab.refuse(
+            &format!("quantize --sparsity={sparsity} model out.qbin"),
+            &words,
+        );
+        lab.refuse(&format!("prune --sparsity={sparsity} model pruned"), &words);
+    }
+    let check = |options: &str, words: &[&str]| {
+        lab.refuse(&format!("prune {options} model pruned"), words);
+    };
+    check("", &["--sparsity"]);
+    check(
+        "--sparsity 0.5 --layer *.q_proj.weight",
+        &["--layer", "GLOB=SPARSITY"],
+    );
+    check("--sparsity 0.5 --layer *.q_proj.weight=2", &["`2`", "2:4"]);
+    check(
+        "--sparsity 0.5 --layer *.qkv.weight=0.3",
+        &["*.qkv.weight", "matches no", "hint"],
+    );
+    check("--sparsity 0.5 --damp 0", &["damp"]);
+    check(
+        "--sparsity 0.5 --method wanda --refine 1",
+        &["--refine", "sparsegpt", "wanda"],
+    );
+    // Runs of twelve columns do not fit into groups of 32.
+    lab.refuse(
+        "quantize --group-size 32 --sparsity 6:12 model out.qbin",
+        &["model.layers.0", "6:12", "`32`", "whole runs"],
+    );
+}
+
+#[test]
+fn a_folder_that_is_there_is_not_pruned_into() {
+    let lab = lab();
+    let prune = "prune --method magnitude --sparsity 0.5 model pruned";
+    lab.write("pruned/notes.txt", "mine");
+    lab.refuse(prune, &["pruned", "exists"]);
+    assert_eq!(lab.read("pruned/notes.txt"), b"mine");
+    fs::remove_dir_all(lab.path("pruned")).expect("remove");
+    lab.write("pruned.partial/notes.txt", "mine");
+    lab.refuse(prune, &["pruned.partial", "exists", "hint"]);
+    assert_eq!(lab.read("pruned.partial/notes.txt"), b"mine");
+    fs::remove_dir_all(lab.path("pruned.partial")).expect("remove");
+    // One that fails on the way leaves nothing.
+    lab.refuse(
+        "prune --sparsity 0.5 --calib nowhere.txt model pruned",
+        &["nowhere.txt"],
     );
 }
 

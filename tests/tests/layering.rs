@@ -252,7 +252,7 @@ fn collect(folder: &Path, paths: &mut Vec<PathBuf>) {
             if entry.file_name() != "target" && entry.file_name() != ".git" {
                 collect(&path, paths);
             }
-        } else if kind.is_file() && !is_binary(&path) {
+        } else if kind.is_file() && entry.file_name() != ".git" && !is_binary(&path) {
             paths.push(path);
         }
     }

@@ -4,7 +4,7 @@ use qbin_format::Model;
 use qbin_runtime::{Decoder, Parts};
 use qbin_tests::close::assert_max_rel;
 use qbin_tests::run::{Lab, copy_folder};
-use qbin_tests::{golden, numbers, root};
+use qbin_tests::{golden, numbers, reference_cpu, root};
 use std::path::Path;
 
 /// Largest difference allowed, relative to the largest logit.
@@ -24,7 +24,7 @@ const RANDOM_MODELS: [&str; 9] = [
 
 fn with_decoder<T>(folder: &Path, work: impl FnOnce(&Decoder<'_>) -> T) -> T {
     let model = Model::open(folder).expect("a model of the repository");
-    let parts = Parts::new(&model).expect("a config that is supported");
+    let parts = Parts::new(&model, &reference_cpu()).expect("a config that is supported");
     work(&Decoder::new(&parts).expect("finite weights"))
 }
 

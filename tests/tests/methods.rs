@@ -1,8 +1,12 @@
-//! Rounding, GPTQ, tokens and chat prompts against the golden values of other programs.
+//! Rounding, GPTQ, pruning, tokens and chat prompts against the golden values of other programs.
 
 use qbin_calib_data::{Message, Tokenizer};
 use qbin_format::QuantizedMatrix;
-use qbin_quant::{ActOrder, Gptq, GptqParams, Granularity, Grid, Moments, ScaleSearch, gptq, rtn};
+use qbin_prune::{Sparsity, magnitude, sparsegpt, wanda};
+use qbin_quant::{
+    ActOrder, Factor, Gptq, GptqParams, Granularity, Grid, Moments, ScaleSearch, Survivors, gptq,
+    rtn,
+};
 use qbin_tests::{golden, numbers, root};
 use serde_json::Value;
 
@@ -216,6 +220,115 @@ fn refinement_lowers_the_error_of_every_case() {
                 );
             }
         }
+    }
+}
+
+fn sparsity(case: &Value) -> Sparsity {
+    match case["share"].as_f64() {
+        Some(share) => Sparsity::Share(share),
+        None => {
+            let size = |key: &str| case[key].as_u64().expect("a number") as usize;
+            Sparsity::Pattern {
+                zeros: size("zeros"),
+                of: size("of"),
+            }
+        }
+    }
+}
+
+/// The factor of a pruning case, in the order of the file.
+fn pruning_factor(inputs: &Inputs, case: &Value, grid: Grid) -> Factor {
+    let params = GptqParams {
+        act_order: ActOrder::None,
+        // Unlike in the cases of gptq, dead columns do not count in the mean diagonal there either.
+        damp_fraction: case["damp_fraction"].as_f64().expect("a fraction"),
+        refine_sweeps: 0,
+        ..GptqParams::new(grid)
+    };
+    Factor::new(inputs.moments(), &params).expect("valid parameters")
+}
+
+#[test]
+fn pruning_agrees() {
+    for name in ["pruning-12x160", "pruning-8x48-dead"] {
+        let inputs = Inputs::read(name);
+        let (weight, cols) = (&inputs.weight, inputs.cols);
+        let metric = inputs.moments().metric();
+        for case in inputs.cases() {
+            let (method, sparsity) = (case["method"].as_str().expect("a name"), sparsity(case));
+            let what = format!("{name} {method} {sparsity}");
+            let mut pruned = weight.clone();
+            let zeros = match method {
+                "magnitude" => magnitude(weight, cols, sparsity),
+                "wanda" => wanda(weight, &inputs.moments().square_mean(), sparsity),
+                _ => {
+                    let runs = Granularity::Group(sparsity.run().unwrap_or(1));
+                    let grid = Grid {
+                        bits: 4,
+                        symmetric: true,
+                        granularity: runs,
+                        search: ScaleSearch::None,
+                    };
+                    let done = sparsegpt(weight, &pruning_factor(&inputs, case, grid), sparsity);
+                    pruned = done.weight;
+                    done.zeros
+                }
+            };
+            let mask: Vec<f64> = zeros
+                .iter()
+                .map(|&zero| f64::from(u8::from(zero)))
+                .collect();
+            assert!(mask == numbers(&case["mask"]), "{what}: other zeros");
+            (pruned.iter_mut().zip(&zeros))
+                .filter(|(_, zero)| **zero)
+                .for_each(|(weight, _)| *weight = 0.0);
+            if let Some(expected) = case.get("weight") {
+                // Corrections are sums over all columns in f32, of terms at most as large as a weight.
+                let largest = weight.iter().fold(0f64, |m, w| m.max(f64::from(w.abs())));
+                let tolerance = 4.0 * cols as f64 * f64::from(f32::EPSILON) * largest;
+                for (at, (actual, expected)) in pruned.iter().zip(numbers(expected)).enumerate() {
+                    let difference = (f64::from(*actual) - expected).abs();
+                    assert!(difference <= tolerance, "{what} {at}: {actual} {expected}");
+                }
+            }
+            let (error, expected) = (
+                metric.relative_error(weight, &pruned),
+                case["relative_error"].as_f64().expect("an error"),
+            );
+            assert!(
+                (error - expected).abs() <= 1e-3 * expected,
+                "{what}: {error} {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn zeros_and_a_grid_in_one_sweep_agree() {
+    let inputs = Inputs::read("pruning-6x160-joint");
+    let (weight, metric) = (&inputs.weight, inputs.moments().metric());
+    for case in inputs.cases() {
+        let (grid, sparsity) = (grid(case), sparsity(case));
+        let factor = pruning_factor(&inputs, case, grid);
+        let zeros = sparsegpt(weight, &factor, sparsity).zeros;
+        let survivors = Survivors {
+            zeros: &zeros,
+            start: weight,
+            metric: &metric,
+        };
+        let done = factor
+            .quantize_survivors(weight, inputs.rows, &grid, Some(&survivors))
+            .expect("valid inputs");
+        let what = format!("{sparsity} {}", describe(case));
+        assert_same(&done.quantized, case, &what);
+        let (error, expected) = (
+            done.report.relative_error,
+            case["relative_error"].as_f64().expect("an error"),
+        );
+        assert!(
+            (error - expected).abs() <= 1e-3 * expected,
+            "{what}: {error} {expected}"
+        );
     }
 }
 

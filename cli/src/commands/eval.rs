@@ -3,11 +3,12 @@
 use crate::args::TextArgs;
 use crate::commands::Show;
 use crate::error::CliError;
+use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::{loaded, render};
 use qbin_format::{Model, sha256_hex};
 use qbin_runtime::eval::{self, Comparison, Perplexity, Protocol};
-use qbin_runtime::{Decoder, ModelConfig, Parts};
+use qbin_runtime::{Cpu, Decoder, ModelConfig, Parts, Path as Arithmetic};
 use serde::Serialize;
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,8 +19,10 @@ use std::time::Instant;
 struct Measured<T> {
     #[serde(flatten)]
     result: T,
-    /// Which arithmetic ran.
+    /// Which arithmetic the model ran on; a base always ran on the reference path.
     path: &'static str,
+    isa: &'static str,
+    threads: usize,
     text_sha256: String,
     seconds: f64,
 }
@@ -31,10 +34,16 @@ struct Text {
     sha256: String,
 }
 
-pub(crate) fn perplexity(path: &Path, args: &TextArgs, show: Show) -> Result<ExitCode, CliError> {
+pub(crate) fn perplexity(
+    path: &Path,
+    args: &TextArgs,
+    machine: Machine,
+    show: Show,
+) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let model = Model::open(path)?;
-    let parts = Parts::new(&model)?;
+    let cpu = machine.cpu(args.path);
+    let parts = Parts::new(&model, &cpu)?;
     let text = Text::load(&model, &parts.config, path, args)?;
     let decoder = Decoder::new(&parts)?;
     let mut progress = Progress::new("evaluating", show.quiet);
@@ -45,7 +54,7 @@ pub(crate) fn perplexity(path: &Path, args: &TextArgs, show: Show) -> Result<Exi
         &mut |done, total| progress.set(done as u64, total as u64, ""),
     )?;
     progress.finish();
-    show.print(&text.measured(result, start), |measured| {
+    show.print(&text.measured(result, &cpu, start), |measured| {
         describe_perplexity(&measured.result)
     })?;
     Ok(ExitCode::SUCCESS)
@@ -55,18 +64,21 @@ pub(crate) fn compare(
     base_path: &Path,
     path: &Path,
     args: &TextArgs,
+    machine: Machine,
     show: Show,
 ) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let (base, model) = (Model::open(base_path)?, Model::open(path)?);
-    let (base_parts, parts) = (Parts::new(&base)?, Parts::new(&model)?);
+    let cpu = machine.cpu(args.path);
+    let base_parts = Parts::new(&base, &cpu.with_path(Arithmetic::Reference))?;
+    let parts = Parts::new(&model, &cpu)?;
     let text = Text::load(&base, &base_parts.config, base_path, args)?;
     let (base, model) = (Decoder::new(&base_parts)?, Decoder::new(&parts)?);
     let mut progress = Progress::new("comparing", show.quiet);
     let mut tick = |done: usize, total: usize| progress.set(done as u64, total as u64, "");
     let result = eval::compare(&base, &model, &text.protocol, &text.windows, &mut tick)?;
     progress.finish();
-    show.print(&text.measured(result, start), |measured| {
+    show.print(&text.measured(result, &cpu, start), |measured| {
         describe_comparison(&measured.result)
     })?;
     Ok(ExitCode::SUCCESS)
@@ -92,10 +104,12 @@ impl Text {
         })
     }
 
-    fn measured<T>(self, result: T, start: Instant) -> Measured<T> {
+    fn measured<T>(self, result: T, cpu: &Cpu, start: Instant) -> Measured<T> {
         Measured {
             result,
-            path: "reference (f32)",
+            path: cpu.path.name(),
+            isa: cpu.isa.level().name(),
+            threads: cpu.pool.threads(),
             text_sha256: self.sha256,
             seconds: start.elapsed().as_secs_f64(),
         }

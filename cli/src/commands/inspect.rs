@@ -26,7 +26,12 @@ struct Tensor {
     shape: Vec<usize>,
     stored: String,
     relative_error: Option<f64>,
+    /// Share of weights that are exactly zero; counted only where tensors are asked for, because all data is read.
+    sparsity: Option<f64>,
 }
+
+/// Rows of a tensor in memory at once.
+const ROWS: usize = 256;
 
 pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> {
     let model = Model::open(&args.model)?;
@@ -36,6 +41,7 @@ pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> 
         .filter(|name| model.file(name).is_some())
         .collect();
     let architecture = config.architecture.name();
+    let sparsity = |name: &str| args.tensors.then(|| sparsity(&model, name)).flatten();
     let inspected = match &model {
         Model::Checkpoint(checkpoint) => {
             let tensors = checkpoint.names().filter_map(|name| {
@@ -47,6 +53,7 @@ pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> 
                     shape: view.shape.into(),
                     stored: view.dtype.name().into(),
                     relative_error: None,
+                    sparsity: sparsity(name),
                 })
             });
             let tensors = tensors.collect();
@@ -66,6 +73,7 @@ pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> 
                 shape: entry.shape.clone(),
                 stored: describe_fate(&entry.fate),
                 relative_error: entry.report.relative_error,
+                sparsity: sparsity(name),
             });
             let tensors = tensors.collect();
             Inspected {
@@ -80,6 +88,26 @@ pub(crate) fn run(args: &InspectArgs, show: Show) -> Result<ExitCode, CliError> 
     };
     show.print(&inspected, |inspected| describe(inspected, args.tensors))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The share of a tensor that is zero, read piece by piece; none for what holds no weights.
+fn sparsity(model: &Model, name: &str) -> Option<f64> {
+    let weight = model.weight(name)?;
+    if matches!(weight, Weight::Dense(view) if !view.dtype.is_float_weight()) {
+        return None;
+    }
+    let shape = weight.shape();
+    let rows = *shape.first()?;
+    let row: usize = shape[1..].iter().product();
+    let mut zeros = 0;
+    for first in (0..rows).step_by(ROWS) {
+        let last = rows.min(first + ROWS);
+        let mut values = vec![0f32; (last - first) * row];
+        weight.read_rows_f32(first..last, &mut values);
+        zeros += values.iter().filter(|value| **value == 0.0).count();
+    }
+    model.release(name);
+    (rows * row > 0).then(|| zeros as f64 / (rows * row) as f64)
 }
 
 fn describe(inspected: &Inspected<'_>, tensors: bool) -> String {
@@ -124,12 +152,17 @@ fn describe(inspected: &Inspected<'_>, tensors: bool) -> String {
                     t.name.clone(),
                     format!("{:?}", t.shape),
                     error(t.relative_error),
+                    t.sparsity
+                        .map_or(String::new(), |s| format!("{:.2}%", 100.0 * s)),
                     t.stored.clone(),
                 ]
             })
             .collect();
         text.push('\n');
-        text += &render::table(&["tensor", "shape", "relative error", "stored as"], &rows);
+        text += &render::table(
+            &["tensor", "shape", "relative error", "zeros", "stored as"],
+            &rows,
+        );
     }
     text
 }

@@ -1,8 +1,10 @@
 //! One file for each command.
 
+pub(crate) mod bench;
 pub(crate) mod eval;
 pub(crate) mod inspect;
 pub(crate) mod plan;
+pub(crate) mod prune;
 pub(crate) mod quantize;
 pub(crate) mod run;
 pub(crate) mod shell;

@@ -1,20 +1,21 @@
 //! `qbin quantize`: checkpoint in, measured artifact out.
 
 use crate::args::QuantizeArgs;
-use crate::commands::Show;
 use crate::commands::plan::{Group, groups};
+use crate::commands::{Show, prune};
 use crate::error::CliError;
+use crate::host::Resident;
+use crate::machine::Machine;
 use crate::plan::{Plan, head_grid};
-use crate::progress::{Progress, peak_rss_bytes};
+use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::{calibration, loaded, render};
 use qbin_calib_data::Windows;
 use qbin_format::{
     ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
-    TensorReport, TensorView, Weight, check_output,
+    TensorReport, TensorView, Weight, check_output, float_bytes,
 };
-use qbin_prune::PrunePass;
-use qbin_quant::{Grid, QuantPass, WEIGHTS_ALONE, rtn};
+use qbin_quant::{Found, Grid, QuantPass, WEIGHTS_ALONE, Zeros, rtn};
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
 use qbin_runtime::{Parts, RuntimeError};
@@ -55,7 +56,7 @@ struct WorstTensor {
     relative_error: f64,
 }
 
-pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError> {
+pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let recipe = Recipe::from_args(&args.recipe)?;
     let model = Model::open(&args.input)?;
@@ -65,7 +66,8 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         });
     };
     check_output(&args.output, checkpoint.input_paths())?;
-    let parts = Parts::new(&model)?;
+    let cpu = machine.cpu(qbin_runtime::Path::Reference);
+    let parts = Parts::new(&model, &cpu)?;
     // Methods that need no calibration need no tokenizer, but the artifact carries it.
     loaded::tokenizer(&model, &parts.config)?;
     let mut plan = Plan::new(&model, &parts.config, &recipe, args.calibration.seed)?;
@@ -75,7 +77,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
         plan.planned.clone(),
         plan.manifest.planned_bytes(),
     )?;
-    let windows = match recipe.quantize.method.needs_calibration() {
+    let windows = match recipe.needs_calibration() {
         true => Some(calibration::windows(
             &args.calibration,
             &args.input,
@@ -107,7 +109,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
     let summary = job.finish(plan, &recipe)?;
     let summary = Summary {
         seconds: start.elapsed().as_secs_f64(),
-        peak_rss_bytes: peak_rss_bytes(),
+        peak_rss_bytes: Resident::read().peak_bytes,
         activation_bytes,
         ..summary
     };
@@ -117,7 +119,7 @@ pub(crate) fn run(args: &QuantizeArgs, show: Show) -> Result<ExitCode, CliError>
 
 /// Reads every tensor once: all weights must be finite, and their digest names the source. Pages are
 /// given back as it goes.
-fn read_source(checkpoint: &Checkpoint, show: Show) -> Result<SourceInfo, CliError> {
+pub(crate) fn read_source(checkpoint: &Checkpoint, show: Show) -> Result<SourceInfo, CliError> {
     let mut progress = Progress::new("reading", show.quiet);
     let mut hasher = SourceHasher::new();
     let mut done = 0;
@@ -151,14 +153,18 @@ impl Job {
         recipe: &Recipe,
         windows: Option<&Windows>,
     ) -> Result<(), CliError> {
-        let mut quant = QuantPass::new(&recipe.quantize, &parts.config)?;
-        let mut prune = recipe
-            .prune
-            .as_ref()
-            .map(|prune| PrunePass::new(prune, &parts.config))
-            .transpose()?;
+        let pass = |recipe| prune::pass(recipe, parts, windows, self.show);
+        let (joint, before): (Vec<_>, Vec<_>) = recipe.prune.iter().partition(|prune| prune.joint);
+        let joint = joint.into_iter().map(pass).next().transpose()?;
+        let mut before = before.into_iter().map(pass).next().transpose()?;
+        // GPTQ keeps the zeros of a pass before it, or chooses them itself.
+        let zeros = match &joint {
+            Some(joint) => Some(joint as &dyn Zeros),
+            None => before.is_some().then_some(&Found as &dyn Zeros),
+        };
+        let mut quant = QuantPass::new(&recipe.quantize, &parts.config)?.holding(zeros);
         let mut passes: Vec<&mut dyn BlockPass> = Vec::new();
-        passes.extend(prune.as_mut().map(|pass| pass as &mut dyn BlockPass));
+        passes.extend(before.as_mut().map(|pass| pass as &mut dyn BlockPass));
         passes.push(&mut quant);
         let (ids, window_tokens) =
             windows.map_or((&[][..], 1), |windows| (windows.ids(), windows.tokens()));
@@ -192,8 +198,12 @@ impl Job {
                 NewTensor::Quantized(matrix) => self.writer.write_quantized(&name, &matrix)?,
                 NewTensor::Dense(values) => {
                     let shape = self.shapes[&name].clone();
-                    self.writer
-                        .write_dense(&name, Dtype::F32, &shape, &f32_bytes(&values))?;
+                    self.writer.write_dense(
+                        &name,
+                        Dtype::F32,
+                        &shape,
+                        &float_bytes(&values, Dtype::F32),
+                    )?;
                 }
             }
             self.reports.insert(name, report);
@@ -252,10 +262,12 @@ impl Job {
             match *dtype == view.dtype {
                 true => self.writer.write_dense(name, *dtype, shape, view.bytes)?,
                 // A pass might have changed it, and did not.
-                false => {
-                    self.writer
-                        .write_dense(name, Dtype::F32, shape, &f32_bytes(&view.to_f32()))?
-                }
+                false => self.writer.write_dense(
+                    name,
+                    Dtype::F32,
+                    shape,
+                    &float_bytes(&view.to_f32(), Dtype::F32),
+                )?,
             }
             model.release(name);
         }
@@ -338,13 +350,6 @@ fn check_finite(view: &TensorView<'_>) -> Result<(), CliError> {
         }
     }
     Ok(())
-}
-
-fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect()
 }
 
 fn describe(summary: &Summary, output: &Path) -> String {

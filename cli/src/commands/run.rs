@@ -3,6 +3,7 @@
 use crate::args::RunArgs;
 use crate::commands::Show;
 use crate::error::CliError;
+use crate::machine::Machine;
 use crate::{loaded, render};
 use qbin_calib_data::Message;
 use qbin_format::Model;
@@ -20,11 +21,15 @@ struct Generated {
     /// `stop` at an end token, `length` at `--max-tokens`, `context` at the end of the model's context.
     finish: &'static str,
     seconds: f64,
+    path: &'static str,
+    isa: &'static str,
+    threads: usize,
 }
 
-pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
+pub(crate) fn run(args: &RunArgs, machine: Machine, show: Show) -> Result<ExitCode, CliError> {
     let model = Model::open(&args.model)?;
-    let parts = Parts::new(&model)?;
+    let cpu = machine.cpu(args.path);
+    let parts = Parts::new(&model, &cpu)?;
     let tokenizer = loaded::need_tokenizer(&model, &parts.config, &args.model)?;
     let mut prompt = match args.chat {
         true => tokenizer.encode_chat(&[Message::user(args.prompt.as_str())], true)?,
@@ -107,13 +112,19 @@ pub(crate) fn run(args: &RunArgs, show: Show) -> Result<ExitCode, CliError> {
             text,
             finish,
             seconds,
+            path: cpu.path.name(),
+            isa: cpu.isa.level().name(),
+            threads: cpu.pool.threads(),
         },
         |_| "\n".into(),
     )?;
     if !show.json && !show.quiet {
         eprintln!(
-            "{tokens} tokens in {seconds:.2} s, {:.1} tokens/s",
-            tokens as f64 / seconds
+            "{tokens} tokens in {seconds:.2} s, {:.1} tokens/s ({} path, {}, threads: {})",
+            tokens as f64 / seconds,
+            cpu.path,
+            cpu.isa.level(),
+            cpu.pool.threads(),
         );
     }
     Ok(ExitCode::SUCCESS)

@@ -8,9 +8,16 @@
 #![allow(unsafe_code)]
 
 mod activations;
+pub(crate) mod attention;
+pub(crate) mod dense;
+pub(crate) mod elementwise;
 mod isa;
+pub mod limits;
+pub(crate) mod logits;
+mod pool;
 mod quantized;
 
 pub use activations::{ActivationRows, Activations, activation_group};
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel};
-pub use quantized::{Output, matmul};
+pub use pool::{Columns, Pool, default_threads};
+pub use quantized::matmul;

@@ -1,7 +1,7 @@
 //! The quality table of `docs/quality.md`: our methods beside those of other tools, on the same models,
 //! texts and calibration windows.
 //!
-//! Every figure comes from `quantize` and `eval compare`, run as a user would run them: this program
+//! Every figure comes from `quantize` or `prune`, and `eval compare`, run as a user would run them: this program
 //! starts itself again as `qbin`.
 
 // A program that prints a table.
@@ -9,7 +9,7 @@
 
 use qbin_format::Model;
 use qbin_runtime::{Decoder, Parts};
-use qbin_tests::{golden, numbers, root};
+use qbin_tests::{golden, numbers, reference_cpu, root};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -21,7 +21,7 @@ const USAGE: &str = "usage: quality MODELS_DIR CALIB.npy TEXT.txt... [-- MODEL..
   MODEL       models, all of the reference file if none is given";
 const PROTOCOL: [&str; 4] = ["--protocol", "gptq-512", "--windows", "64"];
 
-/// One row: a name, the options of `quantize`, and the reference rows it must not be worse than.
+/// One row: a name, a command of `qbin` with its options, and the reference rows it must not be worse than.
 struct Row {
     name: &'static str,
     options: &'static str,
@@ -41,7 +41,7 @@ const fn below(reference: &'static str) -> Bar {
     }
 }
 
-/// RTN has no freedom but the rounding of its scales to f16.
+/// For methods without freedom, but for the rounding of RTN's scales to f16 and of which equals go first.
 const fn same(reference: &'static str) -> Bar {
     Bar {
         reference,
@@ -53,42 +53,42 @@ const fn same(reference: &'static str) -> Bar {
 const ROWS: &[Row] = &[
     Row {
         name: "RTN W4 g128 asym",
-        options: "--method rtn --asymmetric",
+        options: "quantize --method rtn --asymmetric",
         bars: &[same("rtn-w4-g128-asym")],
     },
     Row {
         name: "RTN W4 g128 sym",
-        options: "--method rtn --symmetric",
+        options: "quantize --method rtn --symmetric",
         bars: &[same("rtn-w4-g128-sym")],
     },
     Row {
         name: "RTN W4 g32 asym",
-        options: "--method rtn --group-size 32 --asymmetric",
+        options: "quantize --method rtn --group-size 32 --asymmetric",
         bars: &[same("rtn-w4-g32-asym")],
     },
     Row {
         name: "RTN W4 g32 sym",
-        options: "--method rtn --group-size 32 --symmetric",
+        options: "quantize --method rtn --group-size 32 --symmetric",
         bars: &[same("rtn-w4-g32-sym")],
     },
     Row {
         name: "RTN W4 channel asym",
-        options: "--method rtn --group-size channel --asymmetric",
+        options: "quantize --method rtn --group-size channel --asymmetric",
         bars: &[same("rtn-w4-pc-asym")],
     },
     Row {
         name: "RTN W8 channel",
-        options: "--method rtn --bits 8 --group-size channel",
+        options: "quantize --method rtn --bits 8 --group-size channel",
         bars: &[same("rtn-w8-pc-sym")],
     },
     Row {
         name: "RTN W3 g128 asym",
-        options: "--method rtn --bits 3 --asymmetric",
+        options: "quantize --method rtn --bits 3 --asymmetric",
         bars: &[same("rtn-w3-g128-asym")],
     },
     Row {
         name: "GPTQ W4 g128 asym",
-        options: "--method gptq --asymmetric --calib GIVEN",
+        options: "quantize --method gptq --asymmetric --calib GIVEN",
         bars: &[
             below("gptq-w4-g128-asym-actstatic"),
             below("gptq-w4-g128-asym-actstatic-mse"),
@@ -96,7 +96,7 @@ const ROWS: &[Row] = &[
     },
     Row {
         name: "GPTQ W4 g128 sym",
-        options: "--method gptq --symmetric --calib GIVEN",
+        options: "quantize --method gptq --symmetric --calib GIVEN",
         bars: &[
             below("gptq-w4-g128-sym-actstatic"),
             below("gptq-w4-g128-sym"),
@@ -109,22 +109,22 @@ const ROWS: &[Row] = &[
     },
     Row {
         name: "GPTQ W4 g32 asym",
-        options: "--method gptq --group-size 32 --asymmetric --calib GIVEN",
+        options: "quantize --method gptq --group-size 32 --asymmetric --calib GIVEN",
         bars: &[below("gptq-w4-g32-asym-actstatic")],
     },
     Row {
         name: "GPTQ W4 channel asym",
-        options: "--method gptq --group-size channel --asymmetric --calib GIVEN",
+        options: "quantize --method gptq --group-size channel --asymmetric --calib GIVEN",
         bars: &[below("gptq-w4-pc-asym-act")],
     },
     Row {
         name: "GPTQ W3 g128 asym",
-        options: "--method gptq --bits 3 --asymmetric --calib GIVEN",
+        options: "quantize --method gptq --bits 3 --asymmetric --calib GIVEN",
         bars: &[below("gptq-w3-g128-asym-actstatic")],
     },
     Row {
         name: "AWQ W4 g128 asym",
-        options: "--method awq --asymmetric --calib GIVEN",
+        options: "quantize --method awq --asymmetric --calib GIVEN",
         bars: &[
             below("awq-w4-g128-asym-clip"),
             below("e2e-llmc-awq-w4a16-asym"),
@@ -133,17 +133,71 @@ const ROWS: &[Row] = &[
     },
     Row {
         name: "AWQ W3 g128 asym",
-        options: "--method awq --bits 3 --asymmetric --calib GIVEN",
+        options: "quantize --method awq --bits 3 --asymmetric --calib GIVEN",
         bars: &[below("awq-w3-g128-asym-clip")],
     },
     Row {
         name: "GPTQ W4 g128 asym, builtin text",
-        options: "--method gptq --asymmetric --calib builtin",
+        options: "quantize --method gptq --asymmetric --calib builtin",
         bars: &[],
     },
     Row {
         name: "GPTQ W4 g128 asym, self-written text",
-        options: "--method gptq --asymmetric --calib self",
+        options: "quantize --method gptq --asymmetric --calib self",
+        bars: &[],
+    },
+    Row {
+        name: "magnitude 50%",
+        options: "prune --method magnitude --sparsity 0.5",
+        bars: &[same("magnitude-50")],
+    },
+    Row {
+        name: "Wanda 50%",
+        options: "prune --method wanda --sparsity 0.5 --calib GIVEN",
+        bars: &[same("wanda-50")],
+    },
+    Row {
+        name: "SparseGPT 50%, plain",
+        options: "prune --sparsity 0.5 --refine 0 --calib GIVEN",
+        bars: &[same("sparsegpt-50")],
+    },
+    Row {
+        name: "SparseGPT 50%",
+        options: "prune --sparsity 0.5 --calib GIVEN",
+        bars: &[
+            below("sparsegpt-50"),
+            below("e2e-llmc-sparsegpt-50"),
+            below("e2e-llmc-sparsegpt"),
+        ],
+    },
+    Row {
+        name: "SparseGPT 50%, allocated",
+        options: "prune --sparsity 0.5 --allocate --calib GIVEN",
+        bars: &[below("sparsegpt-50")],
+    },
+    Row {
+        name: "SparseGPT 2:4",
+        options: "prune --sparsity 2:4 --calib GIVEN",
+        bars: &[below("sparsegpt-2:4")],
+    },
+    Row {
+        name: "SparseGPT 4:8",
+        options: "prune --sparsity 4:8 --calib GIVEN",
+        bars: &[below("sparsegpt-4:8")],
+    },
+    Row {
+        name: "SparseGPT 50% + GPTQ W4 g128 asym",
+        options: "quantize --sparsity 0.5 --asymmetric --calib GIVEN",
+        bars: &[below("sparsegpt-50-w4")],
+    },
+    Row {
+        name: "SparseGPT 50% + GPTQ W4 g128 asym, allocated",
+        options: "quantize --sparsity 0.5 --allocate --asymmetric --calib GIVEN",
+        bars: &[below("sparsegpt-50-w4")],
+    },
+    Row {
+        name: "SparseGPT 2:4 + GPTQ W4 g128 asym",
+        options: "quantize --sparsity 2:4 --asymmetric --calib GIVEN",
         bars: &[],
     },
 ];
@@ -189,7 +243,7 @@ fn logits_difference(folder: &Path, model: &str) -> Option<f64> {
     let list = |key: &str| numbers(&golden[key]);
     let tokens: Vec<u32> = list("tokens").into_iter().map(|id| id as u32).collect();
     let model = Model::open(folder).expect("a model folder");
-    let parts = Parts::new(&model).expect("a supported model");
+    let parts = Parts::new(&model, &reference_cpu()).expect("a supported model");
     let decoder = Decoder::new(&parts).expect("finite weights");
     let hidden = decoder
         .forward(&[&tokens], None)
@@ -221,7 +275,7 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
     );
     println!("|---|---:|---:|{}---|", "---:|".repeat(titles.len()));
     let scratch = tempfile::tempdir().expect("a temporary folder");
-    let artifact = scratch.path().join("model.qbin");
+    let made_model = scratch.path().join("made");
     let mut all_met = true;
     // A row whose references are all of other models says nothing here.
     let says_something = |row: &&Row| {
@@ -239,11 +293,7 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
                 PathBuf::from(option)
             }
         });
-        let quantize = [PathBuf::from("quantize")]
-            .into_iter()
-            .chain(options)
-            .chain([model.into(), artifact.clone()]);
-        let made = qbin(quantize);
+        let made = qbin(options.chain([model.into(), made_model.clone()]));
         let figures: Vec<Value> = texts
             .iter()
             .map(|text| {
@@ -251,13 +301,19 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
                     "eval".into(),
                     "compare".into(),
                     model.to_path_buf(),
-                    artifact.clone(),
+                    made_model.clone(),
                     "--data".into(),
                     text.clone(),
                 ];
                 qbin(paths.into_iter().chain(PROTOCOL.map(PathBuf::from)))
             })
             .collect();
+        // A pruned folder is not written over.
+        match made_model.is_dir() {
+            true => std::fs::remove_dir_all(&made_model),
+            false => std::fs::remove_file(&made_model),
+        }
+        .expect("remove what was made");
         let (bars, met) = judge(row, &titles, &figures, reference);
         all_met &= met;
         let cells: Vec<String> = figures
@@ -272,9 +328,12 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
             })
             .collect();
         println!(
-            "| {} | {:.3} | {:.1} | {} | {bars} |",
+            "| {} | {} | {:.1} | {} | {bars} |",
             row.name,
-            number(&made, "bits_per_weight"),
+            // A pruned checkpoint has the types it had.
+            made["bits_per_weight"]
+                .as_f64()
+                .map_or("as stored".into(), |bits| format!("{bits:.3}")),
             number(&made, "seconds"),
             cells.join(" | ")
         );

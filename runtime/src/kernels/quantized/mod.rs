@@ -34,27 +34,30 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use qbin_format::Scheme;
-use qbin_format::{QuantizedView, Sparsity};
-
-pub use output::Output;
+use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
+use super::pool::Columns;
 use output::Panels;
 
 /// Tokens above which AMX is used; not tuned.
 #[cfg(target_arch = "x86_64")]
 const TILED: usize = 4;
 
-/// Writes rows `16 · panels` of `W·x` for every token of `x`.
-///
-/// `out` is `[x.tokens(), w.rows]`; other panels of it may be written by other threads at the same time. Bias is the
-/// caller's.
+/// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
 /// # Panics
-/// If `x` was quantized for another width or scheme, `w` has not the bytes that its shape needs, `out` has another shape, or a panel was written before.
+/// If `x` was quantized for another width or scheme, `w` has not the bytes that its shape needs, `out` has another shape,
+/// or `rows` are not whole panels of `w`.
 #[track_caller]
-pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations, out: &Output) {
+pub fn matmul(
+    isa: Isa,
+    w: &QuantizedView,
+    rows: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+) {
     assert_eq!(x.cols(), w.cols, "columns of activations and weights");
     assert!(
         panel::fits(w),
@@ -67,16 +70,17 @@ pub fn matmul(isa: Isa, w: &QuantizedView, panels: Range<usize>, x: &Activations
         activation_group(w.scheme, w.cols),
         "columns of an activation group"
     );
-    assert_eq!(
-        (out.tokens(), out.rows()),
-        (x.tokens(), w.rows),
-        "shape of the output"
+    assert!(
+        rows.end <= w.rows && (rows.end == w.rows || rows.end.is_multiple_of(TILE_ROWS)),
+        "rows {rows:?} of {}",
+        w.rows
     );
+    assert_eq!(out.rows(), x.tokens(), "tokens of output and activations");
     let product = Product {
         w,
         x,
-        panels: panels.clone(),
-        out: out.claim(panels),
+        panels: rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS),
+        out: Panels::of_columns(out, rows),
     };
     match w.sparsity {
         Sparsity::Dense => dense(isa, product),
@@ -170,8 +174,8 @@ pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
                 scheme,
                 rows: 33,
                 cols: 200,
-                codes: &bytes(3 * 4 * 128 * usize::from(bits), 256),
                 sparsity: Sparsity::Dense,
+                codes: &bytes(3 * 4 * 128 * usize::from(bits), 256),
                 scales: &bytes(2 * parameters, 60),
                 zero_points: &bytes(parameters, 16),
             };
@@ -182,7 +186,7 @@ pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
             let run = |isa: Isa| {
                 let mut out = vec![0.0; 37 * 33];
                 let x = Activations::quantize(isa, &x, 200, scheme);
-                matmul(isa, &w, 0..3, &x, &Output::new(&mut out, 33));
+                matmul(isa, &w, 0..33, &x, &mut Columns::whole(&mut out, 33));
                 out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             };
             run(isa) == run(scalar)

@@ -1,110 +1,57 @@
-//! Where a product goes when several threads write parts of it.
+//! Where a product goes: the columns of the result that belong to the rows asked for.
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use qbin_format::TILE_ROWS;
 
-/// The result `[tokens, rows]` of a product, row major, which several threads fill by panels of 16 rows.
-///
-/// Each panel may be written once; that is checked, and makes sharing it safe.
-#[derive(Debug)]
-pub struct Output<'a> {
-    values: *mut f32,
+use crate::kernels::pool::Columns;
+
+/// Some panels of 16 rows of a result, handed out to one thread.
+pub(super) struct Panels<'a> {
+    first: *mut f32,
+    stride: usize,
     tokens: usize,
-    rows: usize,
-    /// One bit per panel that was handed out.
-    claimed: Vec<AtomicU64>,
+    /// Rows of the weights.
+    rows: Range<usize>,
     borrow: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: memory is reached only through `claim`, which hands out each panel once.
-unsafe impl Send for Output<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Output<'_> {}
-
-impl<'a> Output<'a> {
-    /// A result to be written into `out`, `[tokens, rows]`.
+impl<'a> Panels<'a> {
+    /// The columns of a result, which are the rows `rows` of the weights.
     ///
     /// # Panics
-    /// If `out` is not of whole rows.
+    /// If there are not as many columns as rows, or the rows do not begin with a panel.
     #[track_caller]
-    pub fn new(out: &'a mut [f32], rows: usize) -> Self {
-        assert!(
-            rows > 0 && out.len().is_multiple_of(rows),
-            "{} values in rows of {rows}",
-            out.len()
-        );
-        let words = rows.div_ceil(TILE_ROWS).div_ceil(64);
+    pub(super) fn of_columns(columns: &'a mut Columns<'_>, rows: Range<usize>) -> Self {
+        assert_eq!(columns.width(), rows.len(), "columns for rows {rows:?}");
+        assert!(rows.start.is_multiple_of(TILE_ROWS), "rows {rows:?}");
         Self {
-            values: out.as_mut_ptr(),
-            tokens: out.len() / rows,
+            stride: columns.stride(),
+            tokens: columns.rows(),
+            first: columns.as_mut_ptr(),
             rows,
-            claimed: (0..words).map(|_| AtomicU64::new(0)).collect(),
             borrow: PhantomData,
         }
     }
 
-    /// Tokens of the result.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Rows of the weights, columns of the result.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Hands out some panels, for once.
-    ///
-    /// # Panics
-    /// If one of them is not there or was handed out before.
-    #[track_caller]
-    pub(super) fn claim(&self, panels: Range<usize>) -> Panels<'_> {
-        let count = self.rows.div_ceil(TILE_ROWS);
-        assert!(
-            panels.start <= panels.end && panels.end <= count,
-            "panels {panels:?} of {count}"
-        );
-        for (word, claimed) in self.claimed.iter().enumerate() {
-            let from = panels.start.clamp(64 * word, 64 * word + 64) - 64 * word;
-            let to = panels.end.clamp(64 * word, 64 * word + 64) - 64 * word;
-            if from < to {
-                let mask = u64::MAX >> (64 - (to - from)) << from;
-                // Only the bits themselves matter: the pool orders the writes before whoever reads them.
-                let before = claimed.fetch_or(mask, Ordering::Relaxed);
-                assert_eq!(before & mask, 0, "panels {panels:?} were written before");
-            }
-        }
-        Panels {
-            output: self,
-            panels,
-            first: 0,
-        }
-    }
-}
-
-/// Some panels of an [`Output`], handed out to one thread.
-pub(super) struct Panels<'a> {
-    output: &'a Output<'a>,
-    panels: Range<usize>,
-    /// The panel that counts as 0.
-    first: usize,
-}
-
-impl Panels<'_> {
     /// Some of these panels, counted from 0.
     ///
     /// # Panics
     /// If one of them is not among these.
+    #[track_caller]
     pub(super) fn part(&mut self, panels: Range<usize>) -> Panels<'_> {
-        let panels = panels.start + self.first..panels.end + self.first;
-        assert!(self.panels.start <= panels.start && panels.end <= self.panels.end);
+        let start = panels.start * TILE_ROWS;
+        let end = (panels.end * TILE_ROWS).min(self.rows.end);
+        assert!(
+            self.rows.start <= start && start <= end,
+            "panels {panels:?} of rows {:?}",
+            self.rows
+        );
         Panels {
-            output: self.output,
-            first: panels.start,
-            panels,
+            first: self.first.wrapping_add(start - self.rows.start),
+            rows: 0..end - start,
+            ..*self
         }
     }
 
@@ -137,23 +84,21 @@ impl Panels<'_> {
     /// Where that will be written, to be fetched.
     #[inline(always)]
     pub(super) fn address(&self, token: usize, panel: usize) -> *const u8 {
-        self.output
-            .values
-            .wrapping_add(token * self.output.rows + panel * TILE_ROWS)
-            .cast()
+        let row = panel * TILE_ROWS - self.rows.start;
+        self.first.wrapping_add(token * self.stride + row).cast()
     }
 
     #[inline(always)]
     fn rows(&mut self, token: usize, panel: usize) -> &mut [f32] {
-        let Output { rows, tokens, .. } = *self.output;
-        let panel = self.first + panel;
-        assert!(self.panels.contains(&panel) && token < tokens);
         let row = panel * TILE_ROWS;
-        // SAFETY: token and panel are inside `[tokens, rows]`, which `Output` borrows mutably, and only this value has
-        // this panel.
+        assert!(self.rows.contains(&row) && token < self.tokens);
+        let len = TILE_ROWS.min(self.rows.end - row);
+        // SAFETY: token and row are inside the columns, which are borrowed mutably for this value alone.
         unsafe {
-            let first = self.output.values.add(token * rows + row);
-            std::slice::from_raw_parts_mut(first, TILE_ROWS.min(rows - row))
+            let first = self
+                .first
+                .add(token * self.stride + (row - self.rows.start));
+            std::slice::from_raw_parts_mut(first, len)
         }
     }
 }

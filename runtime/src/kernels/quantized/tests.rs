@@ -7,8 +7,8 @@ use qbin_format::{PackedMatrix, QuantizedMatrix, Scheme};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Output, Product, amx, matmul};
-use crate::kernels::{Activations, Isa};
+use super::{Product, amx, matmul};
+use crate::kernels::{Activations, Columns, Isa, Pool};
 
 /// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
 fn weights(scheme: Scheme, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> QuantizedMatrix {
@@ -61,9 +61,9 @@ fn product(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     matmul(
         isa,
         &w,
-        0..w.rows.div_ceil(16),
+        0..w.rows,
         &activations,
-        &Output::new(&mut out, w.rows),
+        &mut Columns::whole(&mut out, w.rows),
     );
     out
 }
@@ -124,13 +124,12 @@ fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
     let x = Activations::quantize(isa, x, w.cols, w.scheme);
     let mut out = vec![f32::NAN; x.tokens() * w.rows];
-    let output = Output::new(&mut out, w.rows);
-    let panels = 0..w.rows.div_ceil(16);
+    let mut columns = Columns::whole(&mut out, w.rows);
     let product = Product {
         w: &w,
         x: &x,
-        panels: panels.clone(),
-        out: output.claim(panels),
+        panels: 0..w.rows.div_ceil(16),
+        out: super::Panels::of_columns(&mut columns, 0..w.rows),
     };
     amx::run(isa, amx::tests::Software::new(), product);
     out
@@ -248,24 +247,11 @@ fn panels_may_be_written_by_several_threads() {
     let isa = Isa::detect();
     let activations = Activations::quantize(isa, &x, 70, scheme);
     let mut out = vec![f32::NAN; 9 * 1100];
-    let output = Output::new(&mut out, 1100);
-    std::thread::scope(|scope| {
-        for panels in [0..3, 3..68, 68..69] {
-            let (w, activations, output) = (&w, &activations, &output);
-            scope.spawn(move || matmul(isa, w, panels, activations, output));
-        }
+    let ranges = [0..48, 48..1088, 1088..1100];
+    Pool::new(3).columns(&mut out, 1100, &ranges, |part, mut out| {
+        matmul(isa, &w, ranges[part].clone(), &activations, &mut out);
     });
     assert_eq!(bits(&out), bits(&product(isa, &packed, &x)));
-}
-
-#[test]
-#[should_panic(expected = "were written before")]
-fn a_panel_is_written_once() {
-    let mut out = [0.0; 16 * 130];
-    let output = Output::new(&mut out, 16 * 130);
-    output.claim(0..64);
-    output.claim(64..130);
-    output.claim(127..128);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use qbin_format::{Encoding, PackedMatrix, QuantizedMatrix, QuantizedView, Scheme, Sparsity};
 
 use super::{dense_panel_bytes, expand};
-use crate::kernels::quantized::{Output, matmul};
+use crate::kernels::Pool;
+use crate::kernels::quantized::matmul;
 use crate::kernels::{Activations, Isa};
 
 /// SplitMix64.
@@ -84,14 +85,15 @@ fn activations(tokens: usize, cols: usize, seed: u64) -> Vec<f32> {
     (0..tokens * cols).map(value).collect()
 }
 
-/// The bits of `W·x`, `[tokens, rows]`, computed in two pieces.
+/// The bits of `W·x`, `[tokens, rows]`, of the rows in two parts.
 fn product(isa: Isa, w: &QuantizedView, x: &[f32]) -> Vec<u32> {
     let x = Activations::quantize(isa, x, w.cols, w.scheme);
     let mut y = vec![f32::NAN; x.tokens() * w.rows];
-    let out = Output::new(&mut y, w.rows);
-    let panels = w.rows.div_ceil(16);
-    matmul(isa, w, panels / 3..panels, &x, &out);
-    matmul(isa, w, 0..panels / 3, &x, &out);
+    let cut = w.rows.div_ceil(16) / 3 * 16;
+    let ranges = [0..cut, cut..w.rows];
+    Pool::new(1).columns(&mut y, w.rows, &ranges, |part, mut out| {
+        matmul(isa, w, ranges[part].clone(), &x, &mut out);
+    });
     y.iter().map(|y| y.to_bits()).collect()
 }
 

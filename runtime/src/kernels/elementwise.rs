@@ -1,0 +1,127 @@
+//! The small steps between products, in portable Rust compiled for each instruction set.
+
+use super::isa::{Isa, Vectorized};
+use crate::math;
+
+/// Root-mean-square norm of one row: `x / sqrt(mean(x²) + eps) · weight`.
+pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    isa.run(RmsNorm {
+        x,
+        weight,
+        eps,
+        out,
+    });
+}
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Vectorized for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let mean = math::sum(self.x, |x| x * x) / self.x.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        for ((out, x), weight) in self.out.iter_mut().zip(self.x).zip(self.weight) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
+/// The same on every head of `heads` in place; heads are as wide as `weight`.
+pub(crate) fn rms_norm_heads(isa: Isa, heads: &mut [f32], weight: &[f32], eps: f32) {
+    isa.run(RmsNormHeads { heads, weight, eps });
+}
+
+struct RmsNormHeads<'a> {
+    heads: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl Vectorized for RmsNormHeads<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for head in self.heads.chunks_exact_mut(self.weight.len()) {
+            let mean = math::sum(head, |x| x * x) / head.len() as f32;
+            let scale = 1.0 / (mean + self.eps).sqrt();
+            for (x, weight) in head.iter_mut().zip(self.weight) {
+                *x = *x * scale * weight;
+            }
+        }
+    }
+}
+
+/// `x += y`.
+pub(crate) fn add(isa: Isa, x: &mut [f32], y: &[f32]) {
+    isa.run(Add { x, y });
+}
+
+struct Add<'a> {
+    x: &'a mut [f32],
+    y: &'a [f32],
+}
+
+impl Vectorized for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.x.iter_mut().zip(self.y).for_each(|(x, y)| *x += y);
+    }
+}
+
+/// `gate = silu(gate) · up`.
+pub(crate) fn silu_times(isa: Isa, gate: &mut [f32], up: &[f32]) {
+    isa.run(SiluTimes { gate, up });
+}
+
+struct SiluTimes<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Vectorized for SiluTimes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            *gate = *gate / (1.0 + math::exp(-*gate)) * up;
+        }
+    }
+}
+
+/// Turns every head of `heads`: channel `i` with channel `i + half` by the angle of `sin[i]`, `cos[i]`.
+pub(crate) fn turn(isa: Isa, heads: &mut [f32], sin: &[f32], cos: &[f32]) {
+    isa.run(Turn { heads, sin, cos });
+}
+
+struct Turn<'a> {
+    heads: &'a mut [f32],
+    sin: &'a [f32],
+    cos: &'a [f32],
+}
+
+impl Vectorized for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let half = self.sin.len();
+        for head in self.heads.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
+            let angles = self.sin.iter().zip(self.cos);
+            for ((a, b), (sin, cos)) in low.iter_mut().zip(high).zip(angles) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! What this machine can do at most: bytes read per second, and operations per second of the instructions that the
+//! kernels are made of. A measured speed means something only beside these.
+//!
+//! The read limit is that of memory: the buffer is several times the last cache, in pages as the system gives them
+//! to a plain allocation. Reads are tried plain and with software prefetch at several distances, because one core
+//! often reads faster with it. The peaks are of independent chains in registers, so that nothing but the execution
+//! units can limit them.
+
+use crate::kernels::isa::{Isa, Level, Vectorized};
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+/// Passes over the buffer, and bursts of instructions, of which the best counts.
+const TRIES: usize = 4;
+/// Software prefetch distances in bytes; 0 is as good as none.
+const DISTANCES: [usize; 4] = [0, 1 << 10, 1 << 12, 1 << 14];
+/// Repetitions of every chain in one burst: a millisecond or two.
+const STEPS: usize = 1 << 18;
+/// Words of a cache line.
+const LINE: usize = 8;
+
+/// The limits for a number of threads that work at the same time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Threads.
+    pub threads: usize,
+    /// Bytes per second read from memory by plain loads.
+    pub read_plain: f64,
+    /// Bytes per second read from memory, with the best of some prefetch distances.
+    pub read: f64,
+    /// 8-bit operations (a multiplication and an addition are two) per second of the level's dot product instruction.
+    pub int8: Option<f64>,
+    /// f32 operations per second of fused multiply-adds.
+    pub f32: Option<f64>,
+}
+
+/// Memory to read: measure with one buffer for all thread counts, because filling it takes longest.
+pub struct Buffer(Vec<u64>);
+
+impl Buffer {
+    /// A buffer of `bytes`, rounded down to whole pages, every page written.
+    ///
+    /// # Panics
+    /// If that is less than a page.
+    pub fn new(bytes: usize) -> Self {
+        const PAGE: usize = 4096;
+        let words = bytes / PAGE * PAGE / size_of::<u64>();
+        assert!(words > 0, "a buffer has at least a page");
+        Self((0..words as u64).collect())
+    }
+
+    /// Bytes that keep a last-level cache of `cache` bytes from holding much of it, and take little time to read.
+    pub fn bytes_beyond(cache: usize) -> usize {
+        (8 * cache).clamp(256 << 20, 1 << 30)
+    }
+}
+
+/// Measures the limits of `threads` threads; takes a fraction of a second.
+///
+/// # Panics
+/// If `threads` is 0.
+pub fn measure(isa: Isa, threads: usize, buffer: &Buffer) -> Limits {
+    assert!(threads > 0, "somebody has to work");
+    let bytes = size_of_val(buffer.0.as_slice());
+    let mut read = DISTANCES.map(|distance| {
+        let words = buffer.0.len().div_ceil(threads).next_multiple_of(LINE);
+        let pass = |thread: usize| {
+            let part = buffer.0.chunks(words).nth(thread).unwrap_or_default();
+            black_box(isa.run(Read { part, distance }));
+        };
+        bytes as f64 / best_of_passes(threads, pass).as_secs_f64()
+    });
+    let read_plain = read[0];
+    read.sort_by(f64::total_cmp);
+    let peak = |burst: Option<Burst>| {
+        let burst = burst?;
+        let seconds = best_of_passes(threads, |_| (burst.run)(isa)).as_secs_f64();
+        Some(threads as f64 * burst.operations as f64 / seconds)
+    };
+    Limits {
+        threads,
+        read_plain,
+        read: read[DISTANCES.len() - 1],
+        int8: peak(int8_burst(isa.level())),
+        f32: peak(f32_burst(isa.level())),
+    }
+}
+
+/// The shortest of some passes, each from the first thread's start to the last one's end.
+fn best_of_passes(threads: usize, pass: impl Fn(usize) + Sync) -> Duration {
+    let barrier = Barrier::new(threads);
+    let work = |thread: usize| {
+        std::array::from_fn::<_, TRIES, _>(|_| {
+            barrier.wait();
+            let start = Instant::now();
+            pass(thread);
+            (start, Instant::now())
+        })
+    };
+    let times: Vec<[(Instant, Instant); TRIES]> = std::thread::scope(|scope| {
+        let work = &work;
+        let others: Vec<_> = (1..threads)
+            .map(|thread| scope.spawn(move || work(thread)))
+            .collect();
+        let mut times = vec![work(0)];
+        times.extend(
+            others
+                .into_iter()
+                .map(|other| other.join().expect("a pass does not panic")),
+        );
+        times
+    });
+    let span = |index: usize| {
+        let start = times.iter().map(|thread| thread[index].0).min();
+        let end = times.iter().map(|thread| thread[index].1).max();
+        end.zip(start)
+            .map_or(Duration::MAX, |(end, start)| end - start)
+    };
+    (0..TRIES).map(span).min().unwrap_or(Duration::MAX)
+}
+
+/// Reads everything once.
+struct Read<'a> {
+    part: &'a [u64],
+    distance: usize,
+}
+
+impl Vectorized for Read<'_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run(self) -> u64 {
+        // Four lines at once: enough independent chains for the loads of any level.
+        const WORDS: usize = 4 * LINE;
+        let mut sums = [0u64; WORDS];
+        let (groups, rest) = self.part.as_chunks::<WORDS>();
+        for group in groups {
+            // At distance 0 it is the line read next, which changes nothing for memory, and keeps the compiler from
+            // turning the loop into gathers.
+            for line in group.chunks_exact(LINE) {
+                prefetch(line.as_ptr().wrapping_byte_add(self.distance));
+            }
+            for (sum, word) in sums.iter_mut().zip(group) {
+                *sum ^= word;
+            }
+        }
+        sums.iter().chain(rest).fold(0, |all, word| all ^ word)
+    }
+}
+
+/// Asks for the cache line at `address`, which need not be one of ours.
+#[inline(always)]
+fn prefetch(address: *const u64) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 CPU has the instruction, and it neither reads nor faults as far as a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint that neither reads nor faults as far as a program can see.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
+}
+
+/// A burst of one instruction; `run` may be called with an [`Isa`] of the level it was asked for.
+#[derive(Clone, Copy)]
+struct Burst {
+    run: fn(Isa),
+    operations: u64,
+}
+
+/// Operations of [`STEPS`] steps over `chains` chains whose instruction does `each`.
+const fn operations(chains: usize, each: usize) -> u64 {
+    (STEPS * chains * each) as u64
+}
+
+/// The level's instruction for products of 8-bit numbers; the scalar level has none.
+fn int8_burst(level: Level) -> Option<Burst> {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => Some(x86::MADDUBS),
+        #[cfg(target_arch = "x86_64")]
+        Level::AvxVnni => Some(x86::DPBUSD_256),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => Some(x86::DPBUSD_512),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx => Some(x86::TDPBUSD),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => Some(arm::SDOT),
+        _ => None,
+    }
+}
+
+/// The level's fused multiply-add; at the scalar level it may be a library call, which is no limit of the machine.
+fn f32_burst(level: Level) -> Option<Burst> {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::AvxVnni => Some(x86::FMA_256),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Amx => Some(x86::FMA_512),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => Some(arm::FMLA),
+        _ => None,
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Burst, STEPS, operations};
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    /// Declares a burst: `chains` registers that start as `start` and become `step(register, operand)` again and again.
+    /// The chains are as many as the registers allow, more than latency times units of any such instruction.
+    macro_rules! burst {
+        ($name:ident, $features:literal, $chains:literal of $each:literal, $operand:expr, $start:expr, $step:expr) => {
+            pub(super) const $name: Burst = {
+                #[target_feature(enable = $features)]
+                fn chains() {
+                    let operand = black_box($operand);
+                    let mut registers = [black_box($start); $chains];
+                    for _ in 0..STEPS {
+                        for register in &mut registers {
+                            *register = $step(*register, operand);
+                        }
+                    }
+                    black_box(registers);
+                }
+                Burst {
+                    // SAFETY: called with an `Isa` of the level this burst belongs to, which only detection makes.
+                    run: |_| unsafe { chains() },
+                    operations: operations($chains, $each),
+                }
+            };
+        };
+    }
+
+    burst!(MADDUBS, "avx2", 12 of 64, _mm256_set1_epi8(1), _mm256_set1_epi8(1), |sum, ones| _mm256_maddubs_epi16(sum, ones));
+    burst!(DPBUSD_256, "avxvnni", 12 of 64, _mm256_set1_epi8(1), _mm256_setzero_si256(),
+        |sum, ones| _mm256_dpbusd_avx_epi32(sum, ones, ones));
+    burst!(DPBUSD_512, "avx512f,avx512vnni", 24 of 128, _mm512_set1_epi8(1), _mm512_setzero_si512(),
+        |sum, ones| _mm512_dpbusd_epi32(sum, ones, ones));
+    burst!(FMA_256, "avx2,fma", 12 of 16, _mm256_set1_ps(0.5), _mm256_set1_ps(1.0),
+        |sum, half| _mm256_fmadd_ps(sum, half, half));
+    burst!(FMA_512, "avx512f", 24 of 32, _mm512_set1_ps(0.5), _mm512_set1_ps(1.0),
+        |sum, half| _mm512_fmadd_ps(sum, half, half));
+
+    /// Two tiles of activations times two of weights, as a kernel would hold them.
+    pub(super) const TDPBUSD: Burst = Burst {
+        // SAFETY: called with an `Isa` of the AMX level: the CPU has the instructions and the system granted the tiles.
+        run: |_| unsafe { tile_products() },
+        operations: operations(4, 16 * 16 * 64 * 2),
+    };
+
+    /// # Safety
+    /// AMX INT8 is there and granted.
+    unsafe fn tile_products() {
+        /// Palette 1: eight tiles of 16 rows of 64 bytes.
+        #[repr(C, align(64))]
+        struct Config {
+            palette: u8,
+            start_row: u8,
+            reserved: [u8; 14],
+            columns: [u16; 16],
+            rows: [u8; 16],
+        }
+        let first_eight = |value| std::array::from_fn(|tile| if tile < 8 { value } else { 0 });
+        let config = Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            columns: first_eight(64).map(u16::from),
+            rows: first_eight(16),
+        };
+        // SAFETY: the configuration is valid and lives through the block, whose tiles are zeroed before use and
+        // released at its end.
+        unsafe {
+            std::arch::asm!(
+                "ldtilecfg [{config}]",
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                "tdpbusd tmm0, tmm4, tmm6",
+                "tdpbusd tmm1, tmm4, tmm7",
+                "tdpbusd tmm2, tmm5, tmm6",
+                "tdpbusd tmm3, tmm5, tmm7",
+                "dec {steps}",
+                "jnz 2b",
+                "tilerelease",
+                config = in(reg) &raw const config,
+                steps = inout(reg) STEPS => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::{Burst, STEPS, operations};
+    use std::arch::aarch64::{float32x4_t, vdupq_n_f32, vfmaq_f32};
+    use std::hint::black_box;
+
+    /// Sixteen registers that each take a dot product of 16 bytes.
+    pub(super) const SDOT: Burst = Burst {
+        // SAFETY: called with an `Isa` of the NEON level, which has `dotprod`.
+        run: |_| unsafe { dot_products() },
+        operations: operations(16, 32),
+    };
+
+    pub(super) const FMLA: Burst = Burst {
+        run: |_| multiply_adds(),
+        operations: operations(16, 8),
+    };
+
+    /// The intrinsic is not stable, so the loop is assembly.
+    #[target_feature(enable = "dotprod")]
+    fn dot_products() {
+        // SAFETY: works in registers only, all of them declared.
+        unsafe {
+            std::arch::asm!(
+                "2:",
+                "sdot v0.4s, v16.16b, v17.16b", "sdot v1.4s, v16.16b, v17.16b",
+                "sdot v2.4s, v16.16b, v17.16b", "sdot v3.4s, v16.16b, v17.16b",
+                "sdot v4.4s, v16.16b, v17.16b", "sdot v5.4s, v16.16b, v17.16b",
+                "sdot v6.4s, v16.16b, v17.16b", "sdot v7.4s, v16.16b, v17.16b",
+                "sdot v18.4s, v16.16b, v17.16b", "sdot v19.4s, v16.16b, v17.16b",
+                "sdot v20.4s, v16.16b, v17.16b", "sdot v21.4s, v16.16b, v17.16b",
+                "sdot v22.4s, v16.16b, v17.16b", "sdot v23.4s, v16.16b, v17.16b",
+                "sdot v24.4s, v16.16b, v17.16b", "sdot v25.4s, v16.16b, v17.16b",
+                "subs {steps}, {steps}, #1",
+                "b.ne 2b",
+                steps = inout(reg) STEPS => _,
+                out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v4") _, out("v5") _, out("v6") _, out("v7") _,
+                out("v16") _, out("v17") _, out("v18") _, out("v19") _, out("v20") _, out("v21") _, out("v22") _,
+                out("v23") _, out("v24") _, out("v25") _,
+                options(nomem, nostack),
+            );
+        }
+    }
+
+    fn multiply_adds() {
+        let half = black_box(vdupq_n_f32(0.5));
+        let mut registers: [float32x4_t; 16] = [black_box(vdupq_n_f32(1.0)); 16];
+        for _ in 0..STEPS {
+            for register in &mut registers {
+                *register = vfmaq_f32(half, *register, half);
+            }
+        }
+        black_box(registers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_is_read_once() {
+        // Lengths that are no whole number of lines; the part beyond the last group counts too.
+        for words in [0, 1, 31, 32, 33, 200] {
+            let part: Vec<u64> = (1..=words)
+                .map(|word: u64| word.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+                .collect();
+            let expected = part.iter().fold(0, |all, word| all ^ word);
+            for (isa, distance) in Isa::available()
+                .into_iter()
+                .zip(DISTANCES.into_iter().cycle())
+            {
+                assert_eq!(
+                    isa.run(Read {
+                        part: &part,
+                        distance
+                    }),
+                    expected,
+                    "{words} words"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_level_has_limits() {
+        let buffer = Buffer::new(1 << 20);
+        for isa in Isa::available() {
+            for threads in [1, 3] {
+                let limits = measure(isa, threads, &buffer);
+                assert_eq!(limits.threads, threads);
+                assert!(
+                    limits.read.is_finite()
+                        && limits.read >= limits.read_plain
+                        && limits.read_plain > 0.0
+                );
+                let scalar = isa.level() == Level::Scalar;
+                for peak in [limits.int8, limits.f32] {
+                    assert!(
+                        scalar == peak.is_none()
+                            && peak.is_none_or(|peak| peak.is_finite() && peak > 0.0)
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_buffer_fits_the_cache() {
+        let sizes = [0, 32 << 20, 64 << 20, 480 << 20].map(Buffer::bytes_beyond);
+        assert_eq!(sizes, [256 << 20, 256 << 20, 512 << 20, 1 << 30]);
+        assert_eq!(Buffer::new(10_000).0.len(), 1024);
+    }
+}
