@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::checkpoint::{map_file, resolve};
 use crate::layout::MANIFEST_KEY;
-use crate::{Artifact, Checkpoint, Fate, FormatError, QuantizedView, TensorView};
+use crate::{Artifact, Checkpoint, Fate, FormatError, QuantizedView, Sparsity, TensorView};
 
 /// A checkpoint or an artifact.
 #[derive(Debug)]
@@ -124,7 +124,12 @@ impl Weight<'_> {
         match self {
             Self::Dense(tensor) => tensor.bytes.len(),
             Self::Quantized(matrix) => {
-                matrix.codes.len() + matrix.scales.len() + matrix.zero_points.len()
+                let sparsity = match matrix.sparsity {
+                    Sparsity::Dense => 0,
+                    Sparsity::Bitmask { masks, offsets } => masks.len() + offsets.len(),
+                    Sparsity::TwoOfFour { masks } => masks.len(),
+                };
+                matrix.codes.len() + sparsity + matrix.scales.len() + matrix.zero_points.len()
             }
         }
     }
