@@ -6,7 +6,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use qbin_format::{Encoding, PackedMatrix, QuantizedMatrix, Scheme};
-use qbin_runtime::kernels::{Activations, Isa, Output, matmul};
+use qbin_runtime::kernels::{Activations, Columns, Isa, matmul};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -55,7 +55,7 @@ fn decode(criterion: &mut Criterion) {
                 let name = format!("{}/{:?}", isa.level(), w.sparsity.encoding());
                 group.bench_function(name, |bencher| {
                     bencher
-                        .iter(|| matmul(isa, &w, 0..ROWS / 16, &x, &Output::new(&mut out, ROWS)));
+                        .iter(|| matmul(isa, &w, 0..ROWS, &x, &mut Columns::whole(&mut out, ROWS)));
                 });
             }
         }
