@@ -6,6 +6,15 @@ use qbin_format::Model;
 use qbin_runtime::{ModelConfig, RuntimeError};
 use std::path::Path;
 
+/// A model to run, copied into huge pages if that was asked for.
+pub(crate) fn model(path: &Path, huge_pages: bool) -> Result<Model, CliError> {
+    let model = Model::open(path)?;
+    Ok(match huge_pages {
+        true => model.in_huge_pages()?,
+        false => model,
+    })
+}
+
 /// The config inside a model.
 pub(crate) fn config(model: &Model) -> Result<ModelConfig, CliError> {
     let text = model

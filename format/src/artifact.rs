@@ -105,6 +105,12 @@ impl Artifact {
         Ok(artifact)
     }
 
+    pub(crate) fn copy_to_huge_pages(&mut self) -> Result<(), FormatError> {
+        let copy = self.mapping.in_huge_pages();
+        self.mapping = copy.map_err(FormatError::io("copy into memory", &self.path))?;
+        Ok(())
+    }
+
     /// Panels of bitmasks must lie inside their codes: kernels find them by these offsets.
     fn check_offsets(&self) -> Result<(), FormatError> {
         for name in self.tensors.keys() {

@@ -41,6 +41,14 @@ struct Shard {
 }
 
 impl Checkpoint {
+    pub(crate) fn copy_to_huge_pages(&mut self) -> Result<(), FormatError> {
+        for shard in &mut self.shards {
+            let copy = shard.mapping.in_huge_pages();
+            shard.mapping = copy.map_err(FormatError::io("copy into memory", &shard.path))?;
+        }
+        Ok(())
+    }
+
     /// Opens a `.safetensors` file, an index (`*.json`), or a folder.
     ///
     /// In a folder `model.safetensors.index.json` comes first, then `model.safetensors`, then the single

@@ -83,9 +83,9 @@ impl Dtype {
 
     /// Bytes of a tensor of this shape, or `None` where that overflows.
     pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        shape
-            .iter()
-            .try_fold(self.size(), |bytes, &dim| bytes.checked_mul(dim))
+        // In this order an extent of 0 makes room for a large one before it only, as the format's own reader has it.
+        let elements = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+        elements.and_then(|elements| elements.checked_mul(self.size()))
     }
 }
 

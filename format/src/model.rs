@@ -48,6 +48,20 @@ impl Model {
         }
     }
 
+    /// The same with all bytes copied into memory of this process, in huge pages where the system gives them. Weights
+    /// are then read faster, because each page needs a translation; but opening takes as long as copying, and
+    /// processes no longer share the pages.
+    ///
+    /// # Errors
+    /// If the memory is not there.
+    pub fn in_huge_pages(mut self) -> Result<Self, FormatError> {
+        match &mut self {
+            Self::Checkpoint(checkpoint) => checkpoint.copy_to_huge_pages(),
+            Self::Artifact(artifact) => artifact.copy_to_huge_pages(),
+        }?;
+        Ok(self)
+    }
+
     /// The weight of this name; in an artifact an alias gives the tensor that it stands for.
     pub fn weight(&self, name: &str) -> Option<Weight<'_>> {
         match self {

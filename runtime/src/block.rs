@@ -212,7 +212,7 @@ impl<'m> Block<'m> {
         let input = Input::new(cpu, normed, &[gate, up]);
         let tokens = normed.len() / self.config.hidden_size;
         let mut out = vec![0.0; tokens * inner];
-        let ranges = gate.chunks(cpu.path);
+        let ranges = gate.chunks();
         cpu.pool
             .columns(&mut out, inner, &ranges, |chunk, mut out| {
                 let rows = &ranges[chunk];
@@ -277,7 +277,7 @@ impl<'m> Block<'m> {
         let mut columns = Vec::new();
         let mut first = 0;
         for linear in linears {
-            for rows in linear.chunks(self.cpu.path) {
+            for rows in linear.chunks() {
                 columns.push(first + rows.start..first + rows.end);
                 chunks.push((linear, rows));
             }

@@ -9,9 +9,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 /// Rows of W per unit of parallel work; fixed, so that results do not depend on the thread count. The reference path
-/// dequantizes a panel for all tokens; the fast path reads a few microseconds' worth of memory at a time.
-const REFERENCE_ROWS: usize = 128;
-const FAST_ROWS: usize = 64;
+/// dequantizes them for all tokens; of packed weights they are as many panels as a kernel streams at a time.
+const CHUNK_ROWS: usize = 128;
 
 /// Tokens whose activations one thread quantizes at a time.
 const QUANTIZE_TOKENS: usize = 8;
@@ -104,7 +103,7 @@ impl Linear<'_> {
     pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
         let input = Input::new(cpu, x, &[self]);
         let mut out = vec![0.0; input.tokens() * self.rows];
-        let ranges = self.chunks(cpu.path);
+        let ranges = self.chunks();
         cpu.pool
             .columns(&mut out, self.rows, &ranges, |chunk, mut out| {
                 self.rows(cpu, &input, ranges[chunk].clone(), &mut out);
@@ -120,7 +119,7 @@ impl Linear<'_> {
         let input = Input::new(cpu, x, &[self]);
         let tokens = input.tokens();
         assert_eq!(y.len(), tokens * self.rows, "{}: outputs", self.name);
-        let ranges = self.chunks(cpu.path);
+        let ranges = self.chunks();
         cpu.pool.columns(y, self.rows, &ranges, |chunk, mut y| {
             let width = y.width();
             let mut sums = vec![0.0; tokens * width];
@@ -133,14 +132,10 @@ impl Linear<'_> {
     }
 
     /// The rows in units of parallel work.
-    pub(crate) fn chunks(&self, path: Path) -> Vec<Range<usize>> {
-        let size = match path {
-            Path::Reference => REFERENCE_ROWS,
-            Path::Fast => FAST_ROWS,
-        };
-        let starts = (0..self.rows).step_by(size);
+    pub(crate) fn chunks(&self) -> Vec<Range<usize>> {
+        let starts = (0..self.rows).step_by(CHUNK_ROWS);
         starts
-            .map(|first| first..(first + size).min(self.rows))
+            .map(|first| first..(first + CHUNK_ROWS).min(self.rows))
             .collect()
     }
 
@@ -205,10 +200,10 @@ impl Linear<'_> {
             let mut weight = vec![0.0; self.rows * self.cols];
             let cols = self.cols;
             weight
-                .par_chunks_mut(REFERENCE_ROWS * cols)
+                .par_chunks_mut(CHUNK_ROWS * cols)
                 .enumerate()
                 .for_each(|(panel, out)| {
-                    let first = panel * REFERENCE_ROWS;
+                    let first = panel * CHUNK_ROWS;
                     stored.read_rows_f32(first..first + out.len() / cols, out);
                 });
             check_finite(&self.name, &weight)?;

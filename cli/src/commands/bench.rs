@@ -57,7 +57,7 @@ pub(crate) fn run(
         seed: args.seed,
     };
     let start = Instant::now();
-    let model = Model::open(&args.model)?;
+    let model = loaded::model(&args.model, args.huge_pages)?;
     let config = loaded::config(&model)?;
     config.check_context(plan.positions())?;
     let work = Work::new(&model, &config);

@@ -6,7 +6,6 @@ use crate::error::CliError;
 use crate::machine::Machine;
 use crate::{loaded, render};
 use qbin_calib_data::Message;
-use qbin_format::Model;
 use qbin_runtime::generate::{Request, generate};
 use qbin_runtime::{Decoder, Parts, Sampling};
 use serde::Serialize;
@@ -27,7 +26,7 @@ struct Generated {
 }
 
 pub(crate) fn run(args: &RunArgs, machine: Machine, show: Show) -> Result<ExitCode, CliError> {
-    let model = Model::open(&args.model)?;
+    let model = loaded::model(&args.model, args.huge_pages)?;
     let cpu = machine.cpu(args.path);
     let parts = Parts::new(&model, &cpu)?;
     let tokenizer = loaded::need_tokenizer(&model, &parts.config, &args.model)?;

@@ -371,6 +371,6 @@ impl<D: Dot> Vectors for Halves<D> {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         // SAFETY: as above; a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
 }

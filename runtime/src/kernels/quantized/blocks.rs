@@ -19,10 +19,13 @@ const STEP: usize = 32;
 /// Quads of a step.
 const QUADS: usize = STEP / 4;
 
-/// Tokens for which the weights are streamed once, panel by panel: memory is the bound, not arithmetic.
+/// Tokens for which the weights are streamed once: memory is the bound, not arithmetic. Several panels at a time are
+/// several streams, and one core reads those faster than one.
 const STREAMED: usize = 4;
-/// How far ahead the codes are then fetched, in bytes.
-const PREFETCH: usize = 2048;
+/// Tokens for which twice as many panels fit the registers.
+const WIDE: usize = 2;
+/// How far ahead in each stream the codes are then fetched into the second cache, in bytes.
+const PREFETCH: usize = 1024;
 
 /// With more tokens, columns that are multiplied at a time: four panels of them take 64 KiB (INT4) or 128 KiB.
 const COLS: usize = 2048;
@@ -51,30 +54,39 @@ impl<V: Vectors> Blocks<'_, '_, V> {
         let panels = panels.clone();
         let (tokens, groups) = (0..x.tokens(), 0..x.groups());
         if tokens.len() <= STREAMED {
-            for panel in panels {
-                self.blocks(panel, 1, tokens.clone(), groups.clone());
-            }
-            return;
+            let most = match tokens.len() <= WIDE && V::PANELS > 1 {
+                true => 2 * V::PANELS,
+                false => V::PANELS,
+            };
+            return self.panels(panels, most, tokens, groups);
         }
         let groups_at_once = (COLS / x.group()).max(1);
         let tokens_at_once = CACHED / COLS.min(x.stride());
         for tokens in parts(tokens, tokens_at_once) {
             for groups in parts(groups.clone(), groups_at_once) {
-                let mut panels = panels.clone();
-                while !panels.is_empty() {
-                    let count = if panels.len() < V::PANELS {
-                        1
-                    } else {
-                        V::PANELS
-                    };
-                    self.blocks(panels.start, count, tokens.clone(), groups.clone());
-                    panels.start += count;
-                }
+                self.panels(panels.clone(), V::PANELS, tokens.clone(), groups);
             }
         }
     }
 
-    /// Some panels, 1 or [`Vectors::PANELS`], over some groups of columns.
+    /// All panels, `most` at a time.
+    fn panels(
+        &mut self,
+        mut panels: Range<usize>,
+        most: usize,
+        tokens: Range<usize>,
+        groups: Range<usize>,
+    ) {
+        while !panels.is_empty() {
+            let widths = [most, V::PANELS, 1].into_iter();
+            let count = widths.filter(|&width| width <= panels.len()).max();
+            let count = count.expect("one panel fits");
+            self.blocks(panels.start, count, tokens.clone(), groups.clone());
+            panels.start += count;
+        }
+    }
+
+    /// Some panels (1, [`Vectors::PANELS`], or twice that) over some groups of columns.
     fn blocks(&mut self, panel: usize, panels: usize, tokens: Range<usize>, groups: Range<usize>) {
         let bits = self.product.w.scheme.bits;
         for tokens in parts(tokens, V::TOKENS) {
@@ -100,6 +112,12 @@ impl<V: Vectors> Blocks<'_, '_, V> {
                 4 => self.block::<BYTES, 4, 4, 1>(at),
                 5 => self.block::<BYTES, 4, 5, 1>(at),
                 _ => self.block::<BYTES, 4, 6, 1>(at),
+            };
+        }
+        if V::PANELS == 4 && panels == 8 {
+            return match tokens {
+                1 => self.block::<BYTES, 8, 1, 1>(at),
+                _ => self.block::<BYTES, 8, 2, 1>(at),
             };
         }
         // Few sums are doubled: each waits for its own dot product before.
@@ -211,8 +229,10 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
                     a[t] = activations[t][step].as_chunks::<4>().0;
                 }
                 for pair in 0..QUADS / 2 {
-                    if P == 1 {
-                        prefetch_pair(v, now[0], pair);
+                    if T <= STREAMED {
+                        for p in 0..P {
+                            prefetch_pair(v, now[p], pair);
+                        }
                     }
                     dot_quad(v, now, a, 2 * pair, &mut sum[0]);
                     dot_quad(v, now, a, 2 * pair + 1, &mut sum[C - 1]);

@@ -257,7 +257,7 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
     fn prefetch(self, address: *const u8) {
         // SAFETY: a prefetch reads nothing, at any address.
         unsafe {
-            asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, readonly, preserves_flags));
+            asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, readonly, preserves_flags));
         }
     }
 }

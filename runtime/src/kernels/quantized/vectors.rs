@@ -59,6 +59,6 @@ pub(super) trait Vectors: Copy {
     fn values(self, rows: &[f32; 16]) -> Self::Float;
     /// The values of the rows.
     fn rows(self, y: Self::Float) -> [f32; 16];
-    /// Asks for the cache line at an address, which need not be valid.
+    /// Asks for the cache line at an address, which need not be valid, to be in the second cache.
     fn prefetch(self, address: *const u8);
 }
