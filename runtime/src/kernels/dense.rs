@@ -5,7 +5,7 @@
 //! bound by reading the weights.
 
 use super::isa::{Isa, Vectorized};
-use super::pool::Columns;
+use super::columns::Columns;
 use qbin_format::{Dtype, TensorView};
 use std::ops::Range;
 

@@ -38,7 +38,7 @@ use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::isa::Isa;
-use super::pool::Columns;
+use super::columns::Columns;
 use output::Panels;
 
 /// Tokens above which AMX is used; not tuned.
