@@ -267,7 +267,7 @@ impl<'a> QuantPass<'a> {
 
 impl BlockPass for QuantPass<'_> {
     fn prepares(&self, block: usize, sublayer: Sublayer) -> bool {
-        let sites = [Side::Inner, Side::Outer].map(|side| Site {
+        let sites = Side::ALL.map(|side| Site {
             block,
             sublayer,
             side,
