@@ -14,6 +14,7 @@ mod plan;
 mod progress;
 mod recipe;
 mod render;
+mod source;
 
 use args::{Cli, Command, EvalCommand};
 use clap::Parser as _;

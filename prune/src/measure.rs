@@ -63,7 +63,7 @@ impl<'a> MeasurePass<'a> {
 
 impl BlockPass for MeasurePass<'_> {
     fn prepares(&self, block: usize, sublayer: Sublayer) -> bool {
-        [Side::Inner, Side::Outer]
+        Side::ALL
             .into_iter()
             .flat_map(|side| LinearKind::at(sublayer, side))
             .any(|&kind| self.measures(block, kind))
@@ -90,7 +90,7 @@ impl BlockPass for MeasurePass<'_> {
         let target = block.output(sublayer, &normed, stream.window_tokens);
         let after = sample.iter().zip(&target).map(|(x, y)| x + y);
         let signal: f64 = after.map(|x| f64::from(x).powi(2)).sum();
-        for side in [Side::Inner, Side::Outer] {
+        for side in Side::ALL {
             let site = Site {
                 block: block.index,
                 sublayer,

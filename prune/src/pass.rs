@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use qbin_format::{Dtype, TensorReport, TensorView, Weight, float_bytes};
 use qbin_quant::{
     Factor, Fate, GptqParams, Granularity, Grid, Held, Metric, Moments, QuantError, QuantPass,
-    ScaleSearch, Zeros,
+    ScaleSearch, Zeros, relative_error,
 };
-use qbin_runtime::spec::{LinearKind, weight_name};
+use qbin_runtime::spec::{LinearKind, linears, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
 use qbin_runtime::{Block, Matrix, ModelConfig};
 
@@ -34,14 +34,10 @@ impl<'a> PrunePass<'a> {
     /// # Errors
     /// See [`PruneRecipe::resolve`].
     pub fn new(recipe: &'a PruneRecipe, config: &'a ModelConfig) -> Result<Self, QuantError> {
-        let keys: Vec<_> = (0..config.num_blocks)
-            .flat_map(|block| LinearKind::ALL.map(|kind| (block, kind)))
+        let names: Vec<String> = linears(config)
+            .map(|(block, kind)| weight_name(block, kind))
             .collect();
-        let names: Vec<String> = keys
-            .iter()
-            .map(|&(block, kind)| weight_name(block, kind))
-            .collect();
-        let sparsities = keys.into_iter().zip(recipe.resolve(&names)?);
+        let sparsities = linears(config).zip(recipe.resolve(&names)?);
         Ok(Self {
             recipe,
             config,
@@ -317,20 +313,4 @@ fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
         bytes: &float_bytes(&values, dtype),
     };
     view.to_f32()
-}
-
-/// `‖(W−Q)X‖² / ‖WX‖²` under the metric, or the same of the weights alone where there is none.
-fn relative_error(weight: &[f32], pruned: &[f32], metric: Option<&Metric>) -> f64 {
-    if let Some(metric) = metric {
-        return metric.relative_error(weight, pruned);
-    }
-    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
-        values.map(|v| f64::from(v) * f64::from(v)).sum()
-    };
-    let signal = square(&mut weight.iter().copied());
-    if signal > 0.0 {
-        square(&mut weight.iter().zip(pruned).map(|(w, p)| w - p)) / signal
-    } else {
-        0.0
-    }
 }

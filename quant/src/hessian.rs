@@ -283,3 +283,19 @@ impl Metric {
         View::row_major(&self.values, self.n, self.n)
     }
 }
+
+/// `‖(W−V)·X‖² / ‖W·X‖²` under the metric, or `‖W−V‖² / ‖W‖²` where there is none; 0 where the divisor is.
+pub fn relative_error(weight: &[f32], other: &[f32], metric: Option<&Metric>) -> f64 {
+    if let Some(metric) = metric {
+        return metric.relative_error(weight, other);
+    }
+    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+        values.map(|v| f64::from(v) * f64::from(v)).sum()
+    };
+    let signal = square(&mut weight.iter().copied());
+    if signal > 0.0 {
+        square(&mut weight.iter().zip(other).map(|(w, v)| w - v)) / signal
+    } else {
+        0.0
+    }
+}

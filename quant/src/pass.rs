@@ -1,9 +1,10 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
+use crate::hessian::relative_error;
 use crate::recipe::{Fate, Method, QuantRecipe};
 use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, Survivors, awq, rtn};
-use qbin_format::{QuantizedMatrix, TensorReport};
-use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, weight_name};
+use qbin_format::TensorReport;
+use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, linears, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
 use qbin_runtime::{Block, Matrix, ModelConfig, Side, Sublayer};
 use rayon::prelude::*;
@@ -77,14 +78,10 @@ impl<'a> QuantPass<'a> {
     /// # Errors
     /// See [`QuantRecipe::resolve`].
     pub fn new(recipe: &'a QuantRecipe, config: &'a ModelConfig) -> Result<Self, QuantError> {
-        let keys: Vec<_> = (0..config.num_blocks)
-            .flat_map(|block| LinearKind::ALL.map(|kind| (block, kind)))
+        let shapes: Vec<_> = linears(config)
+            .map(|(block, kind)| (weight_name(block, kind), kind.shape(config)))
             .collect();
-        let linears: Vec<_> = keys
-            .iter()
-            .map(|&(block, kind)| (weight_name(block, kind), kind.shape(config)))
-            .collect();
-        let fates = keys.into_iter().zip(recipe.resolve(&linears)?).collect();
+        let fates = linears(config).zip(recipe.resolve(&shapes)?).collect();
         Ok(Self {
             recipe,
             config,
@@ -255,7 +252,7 @@ impl<'a> QuantPass<'a> {
                 clips.as_deref(),
             )
             .map_err(|error| error.in_tensor(&name))?;
-            let relative_error = relative_error(weight, &quantized, metric.as_ref());
+            let relative_error = relative_error(weight, &quantized.dequantize(), metric.as_ref());
             let notes = metric.is_none().then(|| WEIGHTS_ALONE.to_string());
             let report = TensorReport {
                 relative_error: Some(relative_error),
@@ -270,7 +267,7 @@ impl<'a> QuantPass<'a> {
 
 impl BlockPass for QuantPass<'_> {
     fn prepares(&self, block: usize, sublayer: Sublayer) -> bool {
-        let sites = [Side::Inner, Side::Outer].map(|side| Site {
+        let sites = Side::ALL.map(|side| Site {
             block,
             sublayer,
             side,
@@ -479,23 +476,6 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
         notes,
     };
     (NewTensor::Quantized(done.quantized), report)
-}
-
-/// `‖(W−Q)X‖² / ‖WX‖²` under the moments, or the same of the weights alone where there are none.
-fn relative_error(weight: &[f32], quantized: &QuantizedMatrix, metric: Option<&Metric>) -> f64 {
-    let quantized = quantized.dequantize();
-    if let Some(metric) = metric {
-        return metric.relative_error(weight, &quantized);
-    }
-    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
-        values.map(|v| f64::from(v) * f64::from(v)).sum()
-    };
-    let signal = square(&mut weight.iter().copied());
-    if signal > 0.0 {
-        square(&mut quantized.iter().zip(weight).map(|(q, w)| q - w)) / signal
-    } else {
-        0.0
-    }
 }
 
 fn squared_distance(a: &[f32], b: &[f32]) -> f64 {

@@ -47,6 +47,11 @@ pub enum Side {
     Outer,
 }
 
+impl Side {
+    /// Both, in order.
+    pub const ALL: [Self; 2] = [Self::Inner, Self::Outer];
+}
+
 /// One decoder block.
 pub struct Block<'m> {
     /// Number of the block.

@@ -2,12 +2,12 @@
 //!
 //! Where to look: [`config`] what a `config.json` says, [`spec`] which tensors that implies,
 //! [`Linear`] and [`Block`] the arithmetic of one decoder block, [`Decoder`] the whole model,
-//! [`generate`] sampling from it, [`walk`] the pass over blocks in which weights are rewritten,
+//! [`generate`] sampling from it, [`Cpu`] what it runs on, [`walk`] the pass over blocks in which weights are rewritten,
 //! [`eval`] perplexity and the comparison with another model.
 //!
 //! A linear is computed on one of two [`Path`]s: the *reference path*, weights dequantized to f32 and f32 arithmetic,
-//! or the *fast path*, packed weights as they are with int8 activations ([`kernels`]). Everything between the linears
-//! is the same on both.
+//! or the *fast path*, packed weights as they are with int8 activations. Everything between the linears is the same on
+//! both, and so is the promise of [`kernels`]: the same bits for every instruction set, number of threads and batch.
 
 mod attention;
 mod block;
@@ -16,7 +16,6 @@ mod cpu;
 mod decoder;
 mod error;
 pub mod eval;
-mod gemm;
 pub mod generate;
 pub mod kernels;
 mod kv_cache;
@@ -32,7 +31,6 @@ pub use config::ModelConfig;
 pub use cpu::{Cpu, Path, UnknownPath};
 pub use decoder::{Decoder, Parts};
 pub use error::RuntimeError;
-pub use gemm::matmul_nt;
 pub use kv_cache::KvCache;
 pub use linear::{Linear, Matrix};
 pub use sampler::{Sampler, Sampling};

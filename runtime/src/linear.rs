@@ -1,8 +1,9 @@
 //! One linear layer: `y = x · Wᵀ + b`.
 
 use crate::kernels::dense::{Dense, matmul_dense};
-use crate::kernels::{Activations, Columns, activation_group, elementwise, matmul};
-use crate::{Cpu, Path, RuntimeError, matmul_nt};
+use crate::kernels::gemm::{Store, View, product};
+use crate::kernels::{Activations, Columns, Isa, activation_group, elementwise, matmul};
+use crate::{Cpu, Path, RuntimeError};
 use qbin_format::Weight;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -148,7 +149,7 @@ impl Linear<'_> {
         out: &mut Columns<'_>,
     ) {
         match (cpu.path, &self.weight) {
-            (Path::Reference, _) => self.reference(input, rows.clone(), out),
+            (Path::Reference, _) => self.reference(cpu.isa, input, rows.clone(), out),
             (Path::Fast, Matrix::Stored(Weight::Quantized(view))) => {
                 let group = activation_group(view.scheme, self.cols);
                 let activations = input.quantized.iter().find(|x| x.group() == group);
@@ -172,7 +173,7 @@ impl Linear<'_> {
     }
 
     /// The same with the weights in f32.
-    fn reference(&self, input: &Input<'_>, rows: Range<usize>, out: &mut Columns<'_>) {
+    fn reference(&self, isa: Isa, input: &Input<'_>, rows: Range<usize>, out: &mut Columns<'_>) {
         let (tokens, width) = (input.tokens(), rows.len());
         let weight = match &self.weight {
             Matrix::Owned(weight) => {
@@ -185,7 +186,16 @@ impl Linear<'_> {
             }
         };
         let mut panel = vec![0.0; tokens * width];
-        matmul_nt(&mut panel, input.x, &weight, (tokens, self.cols, width));
+        let x = View::row_major(input.x, tokens, self.cols);
+        let weight = View::row_major(&weight, width, self.cols);
+        product(
+            isa,
+            &mut panel,
+            width,
+            Store::Replace,
+            x,
+            weight.transpose(),
+        );
         for (token, panel) in panel.chunks_exact(width).enumerate() {
             out.row(token).copy_from_slice(panel);
         }

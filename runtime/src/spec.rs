@@ -80,6 +80,11 @@ impl LinearKind {
     }
 }
 
+/// Every linear of the blocks: its block and kind, block by block.
+pub fn linears(config: &ModelConfig) -> impl Iterator<Item = (usize, LinearKind)> + use<> {
+    (0..config.num_blocks).flat_map(|block| LinearKind::ALL.map(|kind| (block, kind)))
+}
+
 /// Name of a tensor of block `block`: `model.layers.<block>.<rest>`.
 pub fn block_tensor(block: usize, rest: &str) -> String {
     format!("model.layers.{block}.{rest}")

@@ -217,12 +217,12 @@ impl Walker<'_, '_> {
     ) -> Result<(), RuntimeError> {
         for pass in passes.iter_mut() {
             if pass.prepares(block.index, sublayer) {
-                self.observe(block, sublayer, &[Side::Inner, Side::Outer], *pass)?;
+                self.observe(block, sublayer, &Side::ALL, *pass)?;
                 pass.prepare(block, sublayer, &self.stream, out)
                     .map_err(RuntimeError::Pass)?;
             }
         }
-        for side in [Side::Inner, Side::Outer] {
+        for side in Side::ALL {
             let site = Site {
                 block: block.index,
                 sublayer,
@@ -284,7 +284,7 @@ impl Walker<'_, '_> {
             let mixed = block.mixed(sublayer, &normed, window_tokens);
             block.add_outer(sublayer, &mixed, batch);
             let tokens = (end - start) / self.stream.hidden;
-            for side in [Side::Inner, Side::Outer] {
+            for side in Side::ALL {
                 self.tick_tokens(
                     Site {
                         block: block.index,
@@ -314,7 +314,7 @@ impl Walker<'_, '_> {
     fn sublayer_work(&self, sublayer: Sublayer, passes: &[&mut dyn BlockPass]) -> u64 {
         let tokens = self.stream.x.len() / self.stream.hidden;
         let mut work = 0;
-        for side in [Side::Inner, Side::Outer] {
+        for side in Side::ALL {
             let site = Site {
                 block: 0,
                 sublayer,

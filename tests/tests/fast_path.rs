@@ -1,4 +1,4 @@
-//! The fast path: the same bits on every machine and for every batch, and close to the reference path.
+//! The same bits on every machine and for every batch, and a fast path close to the reference path.
 
 use qbin_format::Model;
 use qbin_runtime::eval::{self, Protocol};
@@ -27,10 +27,10 @@ fn with_decoder<T>(model: &Model, cpu: &Cpu, work: impl FnOnce(&Decoder<'_>) -> 
 }
 
 /// Every level of this machine with 1, 2 and 3 threads; the first is the definition.
-fn cpus() -> Vec<Cpu> {
+fn cpus(path: Path) -> Vec<Cpu> {
     let levels = Isa::available().into_iter();
     levels
-        .flat_map(|isa| (1..=3).map(move |threads| Cpu::new(Path::Fast, isa, threads)))
+        .flat_map(|isa| (1..=3).map(move |threads| Cpu::new(path, isa, threads)))
         .collect()
 }
 
@@ -91,7 +91,7 @@ fn every_family_has_the_same_logits_everywhere() {
             ));
             let model = Model::open(&lab.path(&format!("{name}.qbin"))).expect("an artifact");
             let mut expected: Option<Vec<u32>> = None;
-            for cpu in cpus() {
+            for cpu in cpus(Path::Fast) {
                 let what = format!(
                     "{name}, {recipe}, {}, {}",
                     cpu.isa.level(),
@@ -116,16 +116,18 @@ fn every_family_has_the_same_logits_everywhere() {
 }
 
 #[test]
-fn a_dense_checkpoint_has_the_same_logits_everywhere() {
+fn a_dense_checkpoint_has_the_same_logits_everywhere_on_both_paths() {
     let model = Model::open(&root().join("tests/golden/models/qwen2")).expect("a checkpoint");
     let tokens: Vec<u32> = (0..41).map(|at| at * 37 % 96).collect();
-    let mut expected: Option<Vec<u32>> = None;
-    for cpu in cpus() {
-        with_decoder(&model, &cpu, |decoder| {
-            let whole = in_steps(decoder, &tokens, &[41]);
-            assert!(whole == *expected.get_or_insert_with(|| whole.clone()));
-            assert!(whole == in_steps(decoder, &tokens, &[1; 41]));
-        });
+    for path in [Path::Reference, Path::Fast] {
+        let mut expected: Option<Vec<u32>> = None;
+        for cpu in cpus(path) {
+            with_decoder(&model, &cpu, |decoder| {
+                let whole = in_steps(decoder, &tokens, &[41]);
+                assert!(whole == *expected.get_or_insert_with(|| whole.clone()));
+                assert!(whole == in_steps(decoder, &tokens, &[1; 41]));
+            });
+        }
     }
 }
 
@@ -152,7 +154,7 @@ fn generated_tokens_are_the_same_everywhere() {
             generate(decoder, &requests, 30, &[], |_, _| true).expect("known ids")
         })
     };
-    let cpus = cpus();
+    let cpus = cpus(Path::Fast);
     let expected = continued(&cpus[0]);
     assert!(expected.iter().all(|tokens| tokens.len() == 30));
     for cpu in &cpus[1..] {

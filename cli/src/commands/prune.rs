@@ -2,11 +2,11 @@
 
 use crate::args::PruneArgs;
 use crate::commands::Show;
-use crate::commands::quantize::read_source;
 use crate::error::CliError;
 use crate::host::Resident;
 use crate::machine::Machine;
 use crate::progress::Progress;
+use crate::source::read_source;
 use crate::{calibration, loaded, render};
 use qbin_calib_data::Windows;
 use qbin_format::{

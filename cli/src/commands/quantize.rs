@@ -9,16 +9,17 @@ use crate::machine::Machine;
 use crate::plan::{Plan, head_grid};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
+use crate::source::read_source;
 use crate::{calibration, loaded, render};
 use qbin_calib_data::Windows;
 use qbin_format::{
-    ArtifactWriter, CalibrationInfo, Checkpoint, Dtype, Model, Planned, SourceHasher, SourceInfo,
-    TensorReport, TensorView, Weight, check_output, float_bytes,
+    ArtifactWriter, CalibrationInfo, Dtype, Model, Planned, TensorReport, Weight, check_output,
+    float_bytes,
 };
 use qbin_quant::{Found, Grid, QuantPass, WEIGHTS_ALONE, Zeros, rtn};
+use qbin_runtime::Parts;
 use qbin_runtime::spec::{EMBEDDING, HEAD};
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
-use qbin_runtime::{Parts, RuntimeError};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,8 +28,6 @@ use std::time::Instant;
 
 /// Rows of the head in memory at once; a multiple of the artifact's tile height.
 const HEAD_ROWS: usize = 4096;
-/// Weights checked at once.
-const CHECK_WEIGHTS: usize = 1 << 18;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -115,26 +114,6 @@ pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<E
     };
     show.print(&summary, |summary| describe(summary, &args.output))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Reads every tensor once: all weights must be finite, and their digest names the source. Pages are
-/// given back as it goes.
-pub(crate) fn read_source(checkpoint: &Checkpoint, show: Show) -> Result<SourceInfo, CliError> {
-    let mut progress = Progress::new("reading", show.quiet);
-    let mut hasher = SourceHasher::new();
-    let mut done = 0;
-    for name in checkpoint.names() {
-        let view = checkpoint.tensor(name).expect("one of its own names");
-        if view.dtype.is_float_weight() {
-            check_finite(&view)?;
-        }
-        hasher.add(&view);
-        checkpoint.release(name);
-        done += view.bytes.len() as u64;
-        progress.set(done, checkpoint.total_bytes(), name);
-    }
-    progress.finish();
-    Ok(hasher.finish())
 }
 
 /// An artifact being made.
@@ -330,26 +309,6 @@ impl Job {
             groups,
         })
     }
-}
-
-/// # Errors
-/// The first weight that is NaN or infinite.
-fn check_finite(view: &TensorView<'_>) -> Result<(), CliError> {
-    let mut chunk = vec![0f32; view.len().min(CHECK_WEIGHTS)];
-    for start in (0..view.len()).step_by(CHECK_WEIGHTS) {
-        let chunk = &mut chunk[..CHECK_WEIGHTS.min(view.len() - start)];
-        view.read_f32(start, chunk);
-        if let Some(at) = chunk.iter().position(|value| !value.is_finite()) {
-            let (tensor, index, value) = (view.name.to_string(), start + at, chunk[at]);
-            return Err(RuntimeError::NonFinite {
-                tensor,
-                index,
-                value,
-            }
-            .into());
-        }
-    }
-    Ok(())
 }
 
 fn describe(summary: &Summary, output: &Path) -> String {

@@ -4,8 +4,8 @@
 //! the chains in order. So a result does not depend on how many tokens are computed together. For one token it is
 //! bound by reading the weights.
 
+use super::columns::Columns;
 use super::isa::{Isa, Vectorized};
-use super::pool::Columns;
 use qbin_format::{Dtype, TensorView};
 use std::ops::Range;
 

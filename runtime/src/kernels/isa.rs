@@ -74,7 +74,6 @@ pub struct UnsupportedLevel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa {
     level: Level,
-    bf16: bool,
     vbmi2: bool,
 }
 
@@ -109,7 +108,6 @@ impl Isa {
     const fn plain(level: Level) -> Self {
         Self {
             level,
-            bf16: false,
             vbmi2: false,
         }
     }
@@ -117,11 +115,6 @@ impl Isa {
     /// The level.
     pub fn level(self) -> Level {
         self.level
-    }
-
-    /// Whether the 512-bit BF16 dot product may be used.
-    pub fn has_bf16(self) -> bool {
-        self.bf16
     }
 
     /// Whether VBMI and VBMI2 (byte permutation and expansion) may be used at 512 bits.
@@ -201,17 +194,14 @@ fn native() -> Vec<Isa> {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni")
         {
-            let bf16 = is_x86_feature_detected!("avx512bf16");
             let vbmi2 =
                 is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
             found.push(Isa {
                 level: Level::Avx512,
-                bf16,
                 vbmi2,
             });
             let amx = Isa {
                 level: Level::Amx,
-                bf16,
                 vbmi2,
             };
             if amx::granted(amx) {

@@ -3,12 +3,19 @@
 //! The scalar code of each kernel is its definition. Every other instruction set gives the same bits: integer parts
 //! are exact, and float parts follow one fixed order with the same multiplications and fused multiply-adds.
 //!
+//! Where to look: `isa` which instructions there are, and portable Rust compiled for each of them; `pool` the threads of a
+//! forward pass and `columns` what each of them writes. The fast path's linears: `activations` rounding to int8, `quantized` packed
+//! and sparse weights, `dense` weights that are not quantized. Between the linears, on both paths: `attention`,
+//! `elementwise`, `logits`. Offline and the reference path: [`gemm`] products in f32 and f64, [`gram`] second moments.
+//! [`limits`] measures what the machine could do at most.
+//!
 //! This folder is the only place of the crate where `unsafe` is allowed: instruction sets, tiles and the pool's
 //! borrowed work need it.
 #![allow(unsafe_code)]
 
 mod activations;
 pub(crate) mod attention;
+mod columns;
 pub(crate) mod dense;
 pub(crate) mod elementwise;
 pub mod gemm;
@@ -20,6 +27,7 @@ mod pool;
 mod quantized;
 
 pub use activations::{ActivationRows, Activations, activation_group};
+pub use columns::Columns;
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel, Vectorized};
-pub use pool::{Columns, Pool, default_threads};
+pub use pool::{Pool, default_threads};
 pub use quantized::matmul;

@@ -6,6 +6,7 @@
 //!
 //! What a chunk computes must not depend on who computes it; then no result depends on the number of threads.
 
+use super::columns::Columns;
 use std::any::Any;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -204,15 +205,11 @@ impl Pool {
         let base = Base(data.as_mut_ptr());
         self.run(rows.len() * columns.len(), |cell| {
             let (row, column) = (cell / columns.len(), cell % columns.len());
-            let cell = Columns {
-                // Inside `data` or one past its end. Ranges lie apart, so cells do not overlap, and `run` gives each
-                // number to one call only.
-                first: base.at(rows[row].start * stride + columns[column].start),
-                rows: rows[row].len(),
-                width: columns[column].len(),
-                stride,
-                _data: std::marker::PhantomData,
-            };
+            let first = base.at(rows[row].start * stride + columns[column].start);
+            // SAFETY: `data` is borrowed until `run` returns and the cell lies inside. Ranges lie apart, so cells do not
+            // overlap, and `run` gives each number to one call only.
+            let cell =
+                unsafe { Columns::cell(first, rows[row].len(), columns[column].len(), stride) };
             work(row, column, cell);
         });
     }
@@ -236,64 +233,6 @@ impl Drop for Pool {
             // A chunk's panic was caught and went to its caller; a worker has no other.
             worker.join().ok();
         }
-    }
-}
-
-/// Neighbouring columns of a row-major matrix, to be written by one thread while others write its other columns.
-#[derive(Debug)]
-pub struct Columns<'a> {
-    first: *mut f32,
-    rows: usize,
-    width: usize,
-    stride: usize,
-    _data: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-impl<'a> Columns<'a> {
-    /// All columns of `data[rows, width]`.
-    ///
-    /// # Panics
-    /// If `data` is not whole rows.
-    pub fn whole(data: &'a mut [f32], width: usize) -> Self {
-        assert!(width > 0 && data.len().is_multiple_of(width));
-        Self {
-            first: data.as_mut_ptr(),
-            rows: data.len() / width,
-            width,
-            stride: width,
-            _data: std::marker::PhantomData,
-        }
-    }
-
-    /// Rows of the matrix.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Columns of this part.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Elements from one row of the matrix to the next.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// The first element; those of row `r` follow at `r · stride`. Only they may be touched through it.
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.first
-    }
-
-    /// This part of row `row`.
-    ///
-    /// # Panics
-    /// If there is no such row.
-    pub fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: whoever made this value had the whole matrix borrowed mutably for `'a`, and gives these columns to
-        // no one else; `row` and the width lie inside it.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.width) }
     }
 }
 

@@ -37,8 +37,8 @@ use qbin_format::Scheme;
 use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
+use super::columns::Columns;
 use super::isa::Isa;
-use super::pool::Columns;
 use output::Panels;
 
 /// Tokens above which AMX is used; not tuned.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use qbin_format::TILE_ROWS;
 
-use crate::kernels::pool::Columns;
+use crate::kernels::Columns;
 
 /// Some panels of 16 rows of a result, handed out to one thread.
 pub(super) struct Panels<'a> {

@@ -1,0 +1,75 @@
+//! Part of a matrix as one thread writes it.
+
+use std::marker::PhantomData;
+
+/// Neighbouring columns of a row-major matrix, to be written by one thread while others write its other columns.
+#[derive(Debug)]
+pub struct Columns<'a> {
+    first: *mut f32,
+    rows: usize,
+    width: usize,
+    stride: usize,
+    _data: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Columns<'a> {
+    /// All columns of `data[rows, width]`.
+    ///
+    /// # Panics
+    /// If `data` is not whole rows.
+    pub fn whole(data: &'a mut [f32], width: usize) -> Self {
+        assert!(width > 0 && data.len().is_multiple_of(width));
+        Self {
+            first: data.as_mut_ptr(),
+            rows: data.len() / width,
+            width,
+            stride: width,
+            _data: PhantomData,
+        }
+    }
+
+    /// The cell of `rows` rows and `width` columns at `first`, in a matrix with `stride` elements from row to row.
+    ///
+    /// # Safety
+    /// For `'a` the cell lies in memory that is borrowed mutably, and nothing else touches it.
+    pub(super) unsafe fn cell(first: *mut f32, rows: usize, width: usize, stride: usize) -> Self {
+        Self {
+            first,
+            rows,
+            width,
+            stride,
+            _data: PhantomData,
+        }
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of this part.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Elements from one row of the matrix to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The first element; those of row `r` follow at `r · stride`. Only they may be touched through it.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.first
+    }
+
+    /// This part of row `row`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: whoever made this value had the whole matrix borrowed mutably for `'a`, and gives these columns to
+        // no one else; `row` and the width lie inside it.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.width) }
+    }
+}
