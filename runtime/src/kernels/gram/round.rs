@@ -5,7 +5,7 @@ use super::tile::WIDTH;
 use crate::kernels::isa::Vectorized;
 
 /// The largest code.
-const LARGEST: f32 = 127.0;
+pub(super) const LARGEST: f32 = 127.0;
 /// `1.5 · 2²³`: what is added to it is rounded to an integer, ties to even, that stands in the lowest bits.
 const TO_INTEGER: f32 = 12_582_912.0;
 /// Flips the top bit of each byte: adds 128 to four signed codes.
@@ -17,6 +17,8 @@ pub(super) struct PanelRounding<'a> {
     pub(super) x: &'a [f32],
     pub(super) features: usize,
     pub(super) first: usize,
+    /// Which tokens get codes of zero and set no scale, `[tokens]`.
+    pub(super) massive: &'a [bool],
     /// `[quads][WIDTH]`.
     pub(super) words: &'a mut [u32],
     pub(super) scales: &'a mut [f32],
@@ -40,12 +42,12 @@ impl Vectorized for PanelRounding<'_> {
         };
         let mut largest = [0f32; WIDTH];
         let (mut abs_sums, mut square_sums) = ([0f64; WIDTH], [0f64; WIDTH]);
-        for row in self.x.chunks_exact(self.features) {
+        for (row, massive) in self.x.chunks_exact(self.features).zip(self.massive) {
             let sums = abs_sums.iter_mut().zip(&mut square_sums);
             for ((largest, (abs_sum, square_sum)), x) in
                 largest.iter_mut().zip(sums).zip(token(row))
             {
-                *largest = largest.max(x.abs());
+                *largest = largest.max(if *massive { 0.0 } else { x.abs() });
                 *abs_sum += f64::from(x.abs());
                 *square_sum = f64::from(x).mul_add(f64::from(x), *square_sum);
             }
@@ -56,13 +58,12 @@ impl Vectorized for PanelRounding<'_> {
             if inverse.is_finite() { inverse } else { 0.0 }
         });
         let mut sums = [0i32; WIDTH];
-        for (rows, words) in self
-            .x
-            .chunks(QUAD * self.features)
-            .zip(self.words.chunks_exact_mut(WIDTH))
-        {
+        let quads = self.x.chunks(QUAD * self.features);
+        let quads = quads.zip(self.massive.chunks(QUAD));
+        for ((rows, massive), words) in quads.zip(self.words.chunks_exact_mut(WIDTH)) {
             let mut quad = [0u32; WIDTH];
-            for (i, row) in rows.chunks_exact(self.features).enumerate() {
+            let rows = rows.chunks_exact(self.features).zip(massive).enumerate();
+            for (i, (row, _)) in rows.filter(|(_, (_, massive))| !**massive) {
                 for (((word, sum), x), &inverse) in
                     quad.iter_mut().zip(&mut sums).zip(token(row)).zip(&inverse)
                 {
