@@ -8,13 +8,12 @@ use rayon::prelude::*;
 /// How often a feature's usual size is massive. Below, a step of the codes, 1/127 of the largest, is at most about an
 /// eighth of that size, and the mean square of the rounding about a thousandth of the feature's.
 const MULTIPLE: f64 = 16.0;
-/// At most one token of this many is kept whole: their products then cost a small part of all. Fewer than these exceed
-/// sixteen times the mean magnitude of any one feature, whatever the inputs.
-const SHARE: usize = 16;
+/// At most one token of this many is kept whole, so that their products cost less than half of the others'.
+const SHARE: usize = 32;
 /// Features searched by one task.
 const FEATURES: usize = 32;
 
-/// The massive tokens of `x` (`[tokens, features]`), ascending, at most one of sixteen: those furthest beyond a limit
+/// The massive tokens of `x` (`[tokens, features]`), ascending, at most one of thirty-two: those furthest beyond a limit
 /// if there are more. `largest` and `abs_sums` are the features' largest magnitudes and sums of magnitudes.
 ///
 /// A feature's limit is sixteen times the root mean square of its values up to sixteen times its mean magnitude:

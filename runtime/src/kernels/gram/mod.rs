@@ -5,8 +5,8 @@
 //! The rounded inputs' moments are those of some inputs, hence positive semidefinite like the exact ones.
 //!
 //! Tokens with a feature beyond sixteen times its usual size are not rounded, since the step would then be too coarse for
-//! all others: their products are added in f64, element by element in a fixed order. At most one token of sixteen is
-//! treated so.
+//! all others: their products are added in f64, element by element in a fixed order. At most one token of thirty-two
+//! is treated so, the most extreme ones.
 
 mod massive;
 mod round;
@@ -71,24 +71,19 @@ impl Slab {
         if tokens == 0 {
             return slab;
         }
-        let mut massive = vec![false; tokens];
-        slab.round(isa, x, &massive);
+        slab.round(isa, x);
         let largest = slab.scales[..features].iter();
         let largest = largest.map(|&scale| f64::from(scale * LARGEST));
-        // Mostly there are none, and the first rounding stands.
-        let found = massive::massive(x, features, largest, &slab.abs_sums);
-        if !found.is_empty() {
-            for token in found {
-                massive[token] = true;
-                slab.massive.extend(&x[token * features..][..features]);
-            }
-            slab.round(isa, x, &massive);
+        let massive = massive::massive(x, features, largest, &slab.abs_sums);
+        // Mostly there are none, and the rounding stands.
+        if !massive.is_empty() {
+            slab.keep(isa, x, &massive);
         }
         slab
     }
 
-    /// Sets everything but the massive tokens' own values.
-    fn round(&mut self, isa: Isa, x: &[f32], massive: &[bool]) {
+    /// Rounds all tokens.
+    fn round(&mut self, isa: Isa, x: &[f32]) {
         let features = self.features;
         (
             self.words.par_chunks_mut(self.panel_len),
@@ -104,12 +99,57 @@ impl Slab {
                     x,
                     features,
                     first: panel * WIDTH,
-                    massive,
                     words,
                     scales,
                     sums,
                     abs_sums,
                     square_sums,
+                });
+            });
+    }
+
+    /// Takes the tokens `massive` out of the codes, and keeps them whole.
+    fn keep(&mut self, isa: Isa, x: &[f32], massive: &[usize]) {
+        let n = self.features;
+        for token in massive {
+            self.massive.extend(&x[token * n..][..n]);
+        }
+        (
+            self.words.par_chunks_mut(self.panel_len),
+            self.scales.par_chunks_mut(WIDTH),
+            self.sums.par_chunks_mut(WIDTH),
+        )
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(panel, (words, scales, sums))| {
+                let first = panel * WIDTH;
+                let width = WIDTH.min(n - first);
+                let sets_scale = |&token: &usize| {
+                    let values = x[token * n + first..][..width].iter().zip(&*scales);
+                    values.fold(false, |sets, (x, &scale)| {
+                        sets | (scale > 0.0 && x.abs() / LARGEST >= scale)
+                    })
+                };
+                if !massive.iter().any(sets_scale) {
+                    return round::clear(words, sums, massive);
+                }
+                let mut rest = Vec::with_capacity(x.len() / n * width);
+                for row in x.chunks_exact(n) {
+                    rest.extend_from_slice(&row[first..][..width]);
+                }
+                for token in massive {
+                    rest[token * width..][..width].fill(0.0);
+                }
+                isa.run(PanelRounding {
+                    x: &rest,
+                    features: width,
+                    first: 0,
+                    words,
+                    scales,
+                    sums,
+                    // Those of all tokens are known.
+                    abs_sums: &mut [0.0; WIDTH],
+                    square_sums: &mut [0.0; WIDTH],
                 });
             });
     }

@@ -17,8 +17,6 @@ pub(super) struct PanelRounding<'a> {
     pub(super) x: &'a [f32],
     pub(super) features: usize,
     pub(super) first: usize,
-    /// Which tokens get codes of zero and set no scale, `[tokens]`.
-    pub(super) massive: &'a [bool],
     /// `[quads][WIDTH]`.
     pub(super) words: &'a mut [u32],
     pub(super) scales: &'a mut [f32],
@@ -42,12 +40,12 @@ impl Vectorized for PanelRounding<'_> {
         };
         let mut largest = [0f32; WIDTH];
         let (mut abs_sums, mut square_sums) = ([0f64; WIDTH], [0f64; WIDTH]);
-        for (row, massive) in self.x.chunks_exact(self.features).zip(self.massive) {
+        for row in self.x.chunks_exact(self.features) {
             let sums = abs_sums.iter_mut().zip(&mut square_sums);
             for ((largest, (abs_sum, square_sum)), x) in
                 largest.iter_mut().zip(sums).zip(token(row))
             {
-                *largest = largest.max(if *massive { 0.0 } else { x.abs() });
+                *largest = largest.max(x.abs());
                 *abs_sum += f64::from(x.abs());
                 *square_sum = f64::from(x).mul_add(f64::from(x), *square_sum);
             }
@@ -58,12 +56,13 @@ impl Vectorized for PanelRounding<'_> {
             if inverse.is_finite() { inverse } else { 0.0 }
         });
         let mut sums = [0i32; WIDTH];
-        let quads = self.x.chunks(QUAD * self.features);
-        let quads = quads.zip(self.massive.chunks(QUAD));
-        for ((rows, massive), words) in quads.zip(self.words.chunks_exact_mut(WIDTH)) {
+        for (rows, words) in self
+            .x
+            .chunks(QUAD * self.features)
+            .zip(self.words.chunks_exact_mut(WIDTH))
+        {
             let mut quad = [0u32; WIDTH];
-            let rows = rows.chunks_exact(self.features).zip(massive).enumerate();
-            for (i, (row, _)) in rows.filter(|(_, (_, massive))| !**massive) {
+            for (i, row) in rows.chunks_exact(self.features).enumerate() {
                 for (((word, sum), x), &inverse) in
                     quad.iter_mut().zip(&mut sums).zip(token(row)).zip(&inverse)
                 {
@@ -81,6 +80,19 @@ impl Vectorized for PanelRounding<'_> {
         self.square_sums.copy_from_slice(&square_sums);
         for (scale, largest) in self.scales.iter_mut().zip(largest) {
             *scale = largest / LARGEST;
+        }
+    }
+}
+
+/// Sets the codes of `tokens` in one panel's `words` to zero, and takes them from its `sums`.
+pub(super) fn clear(words: &mut [u32], sums: &mut [i32], tokens: &[usize]) {
+    for token in tokens {
+        let shift = 8 * (token % QUAD);
+        let quad = &mut words[token / QUAD * WIDTH..][..WIDTH];
+        for (word, sum) in quad.iter_mut().zip(&mut *sums) {
+            let code = (*word ^ OFFSET) >> shift & 0xff;
+            *sum -= i32::from(code as u8 as i8);
+            *word ^= code << shift;
         }
     }
 }
