@@ -24,7 +24,8 @@ const PANEL_ROWS: usize = 64;
 ///
 /// The second moments are those of the inputs rounded to int8, feature by feature with a step of 1/127 of the
 /// feature's largest magnitude among 2048 tokens: exact integer sums, about four times as fast as f32, and positive
-/// semidefinite like those of any inputs. Up to 256 features nothing is rounded, and the sums are in f64.
+/// semidefinite like those of any inputs. Tokens with a feature beyond sixteen times its usual size, at most one of
+/// thirty-two, are not rounded and set no step. Up to 256 features nothing is rounded, and the sums are in f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moments {
     n: usize,

@@ -3,13 +3,19 @@
 //! Each feature of a slab of tokens is rounded to int8 with a scale of its own, its largest magnitude over 127; the
 //! integer sums are then exact, so that a result depends neither on the instruction set nor on the order of the work.
 //! The rounded inputs' moments are those of some inputs, hence positive semidefinite like the exact ones.
+//!
+//! Tokens with a feature beyond sixteen times its usual size are not rounded, since the step would then be too coarse for
+//! all others: their products are added in f64, element by element in a fixed order. At most one token of thirty-two
+//! is treated so, the most extreme ones.
 
+mod massive;
 mod round;
 mod tile;
 
+use super::gemm::{Store, View, product};
 use super::isa::{Isa, Vectorized};
 use rayon::prelude::*;
-use round::PanelRounding;
+use round::{LARGEST, PanelRounding};
 use tile::{Sums, WIDTH};
 
 /// Tokens of the bytes of one code word.
@@ -34,10 +40,12 @@ pub struct Slab {
     sums: Vec<i32>,
     abs_sums: Vec<f64>,
     square_sums: Vec<f64>,
+    /// The tokens kept whole, `[massive, features]`; their codes are zero.
+    massive: Vec<f32>,
 }
 
 impl Slab {
-    /// Rounds `x` (`[tokens, features]`, row major, finite).
+    /// Rounds `x` (`[tokens, features]`, row major, finite), massive tokens apart.
     ///
     /// # Panics
     /// If `x` is not a whole number of tokens, or more than 65536 of them.
@@ -58,16 +66,31 @@ impl Slab {
             sums: vec![0; padded],
             abs_sums: vec![0.0; padded],
             square_sums: vec![0.0; padded],
+            massive: Vec::new(),
         };
         if tokens == 0 {
             return slab;
         }
+        slab.round(isa, x);
+        let largest = slab.scales[..features].iter();
+        let largest = largest.map(|&scale| f64::from(scale * LARGEST));
+        let massive = massive::massive(x, features, largest, &slab.abs_sums);
+        // Mostly there are none, and the rounding stands.
+        if !massive.is_empty() {
+            slab.keep(isa, x, &massive);
+        }
+        slab
+    }
+
+    /// Rounds all tokens.
+    fn round(&mut self, isa: Isa, x: &[f32]) {
+        let features = self.features;
         (
-            slab.words.par_chunks_mut(panel_len),
-            slab.scales.par_chunks_mut(WIDTH),
-            slab.sums.par_chunks_mut(WIDTH),
-            slab.abs_sums.par_chunks_mut(WIDTH),
-            slab.square_sums.par_chunks_mut(WIDTH),
+            self.words.par_chunks_mut(self.panel_len),
+            self.scales.par_chunks_mut(WIDTH),
+            self.sums.par_chunks_mut(WIDTH),
+            self.abs_sums.par_chunks_mut(WIDTH),
+            self.square_sums.par_chunks_mut(WIDTH),
         )
             .into_par_iter()
             .enumerate()
@@ -83,7 +106,52 @@ impl Slab {
                     square_sums,
                 });
             });
-        slab
+    }
+
+    /// Takes the tokens `massive` out of the codes, and keeps them whole.
+    fn keep(&mut self, isa: Isa, x: &[f32], massive: &[usize]) {
+        let n = self.features;
+        for token in massive {
+            self.massive.extend(&x[token * n..][..n]);
+        }
+        (
+            self.words.par_chunks_mut(self.panel_len),
+            self.scales.par_chunks_mut(WIDTH),
+            self.sums.par_chunks_mut(WIDTH),
+        )
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(panel, (words, scales, sums))| {
+                let first = panel * WIDTH;
+                let width = WIDTH.min(n - first);
+                let sets_scale = |&token: &usize| {
+                    let values = x[token * n + first..][..width].iter().zip(&*scales);
+                    values.fold(false, |sets, (x, &scale)| {
+                        sets | (scale > 0.0 && x.abs() / LARGEST >= scale)
+                    })
+                };
+                if !massive.iter().any(sets_scale) {
+                    return round::clear(words, sums, massive);
+                }
+                let mut rest = Vec::with_capacity(x.len() / n * width);
+                for row in x.chunks_exact(n) {
+                    rest.extend_from_slice(&row[first..][..width]);
+                }
+                for token in massive {
+                    rest[token * width..][..width].fill(0.0);
+                }
+                isa.run(PanelRounding {
+                    x: &rest,
+                    features: width,
+                    first: 0,
+                    words,
+                    scales,
+                    sums,
+                    // Those of all tokens are known.
+                    abs_sums: &mut [0.0; WIDTH],
+                    square_sums: &mut [0.0; WIDTH],
+                });
+            });
     }
 
     /// `Σ |x|` over the tokens, `[features]`, before rounding.
@@ -106,16 +174,18 @@ impl Slab {
         if self.words.is_empty() {
             return;
         }
+        let massive: Vec<f64> = self.massive.iter().map(|&x| f64::from(x)).collect();
+        let massive = View::row_major(&massive, massive.len() / n, n);
         // The lower rows are longer and come first, so that the last tasks are short.
         second
             .par_chunks_mut(SHARING * WIDTH * n)
             .enumerate()
             .rev()
-            .for_each(|(task, rows)| self.add_rows(isa, task * SHARING, rows));
+            .for_each(|(task, rows)| self.add_rows(isa, task * SHARING, massive, rows));
     }
 
-    /// The rows from panel `first` on.
-    fn add_rows(&self, isa: Isa, first: usize, rows: &mut [f64]) {
+    /// The rows from panel `first` on; `massive` are the tokens kept whole.
+    fn add_rows(&self, isa: Isa, first: usize, massive: View<'_, f64>, rows: &mut [f64]) {
         let n = self.features;
         let last = first + (rows.len() / n).div_ceil(WIDTH);
         let mut sums = vec![[[0; WIDTH]; WIDTH]; RUN];
@@ -132,6 +202,9 @@ impl Slab {
                     sums,
                     rows,
                 });
+                if massive.rows() > 0 {
+                    add_massive(isa, massive, left * WIDTH, start * WIDTH, rows);
+                }
             }
         }
     }
@@ -173,11 +246,51 @@ impl Slab {
                 rows,
             });
         }
+        total + self.quadratic_massive(isa, left * WIDTH, rows) / 2.0
+    }
+
+    /// The part of the massive tokens' features from `first` on with all others; `rows` are those of `m`.
+    fn quadratic_massive(&self, isa: Isa, first: usize, rows: &[f32]) -> f64 {
+        let n = self.features;
+        let (tokens, width) = (self.massive.len() / n, rows.len() / n);
+        let x = View::row_major(&self.massive, tokens, n);
+        let m = View::row_major(rows, width, n).transpose();
+        let mut products = vec![0f32; tokens * width];
+        product(isa, &mut products, width, Store::Replace, x, m);
+        let mut total = 0.0;
+        for (x, products) in self.massive.chunks(n).zip(products.chunks(width)) {
+            for (at, (&x, &product)) in x[first..].iter().zip(products).enumerate() {
+                let own = f64::from(rows[at * n + first + at]) * f64::from(x);
+                total += f64::from(x) * (f64::from(product) - own);
+            }
+        }
         total
     }
 
     fn panel(&self, panel: usize) -> &[u32] {
         &self.words[panel * self.panel_len..][..self.panel_len]
+    }
+}
+
+/// Adds the massive tokens' products to the columns `start .. start + RUN · WIDTH`, at and before each row's own, of the
+/// rows (`[rows, features]`) of the features from `first` on.
+fn add_massive(isa: Isa, massive: View<'_, f64>, first: usize, start: usize, rows: &mut [f64]) {
+    let (tokens, n) = (massive.rows(), massive.cols());
+    let height = rows.len() / n;
+    let width = (first + height).saturating_sub(start).min(RUN * WIDTH);
+    if width == 0 {
+        return;
+    }
+    let left = massive.submatrix(0, first, tokens, height).transpose();
+    let right = massive.submatrix(0, start, tokens, width);
+    let mut products = vec![0.0; height * width];
+    product(isa, &mut products, width, Store::Replace, left, right);
+    let rows = rows.chunks_mut(n).zip(products.chunks(width));
+    for (at, (row, products)) in rows.enumerate() {
+        let values = row[..=first + at].iter_mut().skip(start);
+        values
+            .zip(products)
+            .for_each(|(value, product)| *value += product);
     }
 }
 

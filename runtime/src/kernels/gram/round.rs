@@ -5,7 +5,7 @@ use super::tile::WIDTH;
 use crate::kernels::isa::Vectorized;
 
 /// The largest code.
-const LARGEST: f32 = 127.0;
+pub(super) const LARGEST: f32 = 127.0;
 /// `1.5 · 2²³`: what is added to it is rounded to an integer, ties to even, that stands in the lowest bits.
 const TO_INTEGER: f32 = 12_582_912.0;
 /// Flips the top bit of each byte: adds 128 to four signed codes.
@@ -80,6 +80,19 @@ impl Vectorized for PanelRounding<'_> {
         self.square_sums.copy_from_slice(&square_sums);
         for (scale, largest) in self.scales.iter_mut().zip(largest) {
             *scale = largest / LARGEST;
+        }
+    }
+}
+
+/// Sets the codes of `tokens` in one panel's `words` to zero, and takes them from its `sums`.
+pub(super) fn clear(words: &mut [u32], sums: &mut [i32], tokens: &[usize]) {
+    for token in tokens {
+        let shift = 8 * (token % QUAD);
+        let quad = &mut words[token / QUAD * WIDTH..][..WIDTH];
+        for (word, sum) in quad.iter_mut().zip(&mut *sums) {
+            let code = (*word ^ OFFSET) >> shift & 0xff;
+            *sum -= i32::from(code as u8 as i8);
+            *word ^= code << shift;
         }
     }
 }

@@ -161,3 +161,156 @@ fn quadratic_forms_agree_with_the_definition_at_every_level() {
         }
     }
 }
+
+/// [`inputs`] of which feature 5 follows feature 4, and whose tokens `massive` carry a thousand times the usual size in
+/// feature 5, one of them in the last feature too.
+fn inputs_with(massive: &[usize], tokens: usize, features: usize) -> Vec<f32> {
+    let mut x = inputs(tokens, features);
+    for row in x.chunks_mut(features) {
+        row[5] += 2.0 * row[4];
+    }
+    for (i, token) in massive.iter().enumerate() {
+        x[token * features + 5] = if i % 2 == 0 { 3e4 } else { -2e4 };
+    }
+    x[massive[0] * features + features - 1] = 1e5;
+    x
+}
+
+#[test]
+fn massive_tokens_leave_the_others_their_precision() {
+    for (massive, tokens, features) in [
+        (vec![0], 40, 7),
+        (vec![0, 17, 200, 399], 400, 33),
+        (vec![9, 31], 64, 290),
+        ((0..25).map(|i| 32 * i + 3).collect(), 800, 70),
+    ] {
+        let x = inputs_with(&massive, tokens, features);
+        let mut largest = vec![0f64; features];
+        let ordinary = x.chunks(features).enumerate();
+        for (_, row) in ordinary.filter(|(token, _)| !massive.contains(token)) {
+            for (largest, &x) in largest.iter_mut().zip(row) {
+                *largest = largest.max(x.abs().into());
+            }
+        }
+        let got = moments(Isa::detect(), &x, features);
+        for row in 0..features {
+            for col in 0..features {
+                let terms = x
+                    .chunks(features)
+                    .map(|x| f64::from(x[row]) * f64::from(x[col]));
+                let exact: f64 = terms.clone().sum();
+                let sizes: f64 = terms.map(f64::abs).sum();
+                // As for the definition, of the ordinary tokens only, and a little for sums in f64.
+                let step = |f: usize| largest[f] / 127.0 * 0.5001;
+                let tolerance = tokens as f64
+                    * (step(row) * largest[col] + step(col) * largest[row] + step(row) * step(col))
+                    + tokens as f64 * f64::EPSILON * sizes;
+                let value = got[row * features + col];
+                if col <= row {
+                    assert!(
+                        (value - exact).abs() <= tolerance,
+                        "{row} {col}: {value} {exact} {tolerance}"
+                    );
+                } else {
+                    assert_eq!(value, 0.0, "above the diagonal");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn massive_tokens_keep_sums_and_quadratic_forms() {
+    let (tokens, features) = (400, 75);
+    let massive = [0, 17, 200, 399];
+    let x = inputs_with(&massive, tokens, features);
+    let m: Vec<f32> = (0..features * features)
+        .map(|at| 1.0 / (1 + (at / features).abs_diff(at % features)) as f32)
+        .collect();
+    let form = |x: &[f32]| -> (f64, f64) {
+        let (mut sum, mut sizes) = (0.0, 0.0);
+        for (row, m) in x.iter().zip(m.chunks(features)) {
+            for (col, m) in x.iter().zip(m) {
+                let term = f64::from(*row) * f64::from(*col) * f64::from(*m);
+                sum += term;
+                sizes += term.abs();
+            }
+        }
+        (sum, sizes)
+    };
+    let forms: Vec<(f64, f64)> = x.chunks(features).map(form).collect();
+    let exact: f64 = forms.iter().map(|(sum, _)| sum).sum();
+    let of = |token: &usize| forms[*token].1;
+    // A chain of f32 for the massive tokens; steps of an ordinary token's largest values, at most 1.5·64 here, for the
+    // others, off the diagonal.
+    let chain = (features + 2) as f64 * f64::from(f32::EPSILON);
+    let weights: f64 = m.iter().map(|&m| f64::from(m)).sum::<f64>() - features as f64;
+    let steps = (2.0 * 0.5001 / 127.0 + (0.5001f64 / 127.0).powi(2)) * 96.0f64.powi(2);
+    let tolerance = chain * massive.iter().map(of).sum::<f64>() + tokens as f64 * weights * steps;
+    let expected = Slab::new(Isa::available()[0], &x, features);
+    let value = expected.quadratic(Isa::available()[0], &m);
+    assert!(
+        (value - exact).abs() <= tolerance,
+        "{value} {exact} {tolerance}"
+    );
+    let column = || x.iter().skip(5).step_by(features).map(|&x| f64::from(x));
+    assert_eq!(expected.abs_sums()[5], column().map(f64::abs).sum::<f64>());
+    assert_eq!(
+        expected.square_sums()[5],
+        column().fold(0.0, |sum, x| x.mul_add(x, sum))
+    );
+    let second = moments(Isa::available()[0], &x, features);
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(|| {
+                assert_eq!(moments(isa, &x, features), second, "{}", isa.level());
+                let got = Slab::new(isa, &x, features).quadratic(isa, &m);
+                assert_eq!(got, value, "{}", isa.level());
+            });
+        }
+    }
+}
+
+#[test]
+fn massive_is_beyond_sixteen_times_the_usual_size() {
+    let (tokens, features) = (256, 40);
+    let kept = |x: &[f32]| {
+        let slab = Slab::new(Isa::detect(), x, features);
+        slab.massive
+            .chunks(features)
+            .map(|row| row[2])
+            .collect::<Vec<f32>>()
+    };
+    let at = |values: &[(usize, f32)], usual: f32| {
+        let mut x: Vec<f32> = (0..tokens * features)
+            .map(|at| {
+                if at / features % 2 == 0 {
+                    usual
+                } else {
+                    -usual
+                }
+            })
+            .collect();
+        for (token, value) in values {
+            x[token * features + 2] = *value;
+        }
+        x
+    };
+    assert_eq!(kept(&at(&[], 1.0)), [0f32; 0]);
+    assert_eq!(kept(&at(&[(7, 15.5)], 1.0)), [0f32; 0]);
+    assert_eq!(kept(&at(&[(7, 17.5)], 1.0)), [17.5]);
+    // A feature that is otherwise zero loses nothing.
+    // Otherwise zero, the feature loses nothing; with one small value it would.
+    assert_eq!(kept(&at(&[(7, 1e6), (8, -1e6)], 0.0)), [0f32; 0]);
+    assert_eq!(kept(&at(&[(7, 1e6), (8, 2.0)], 0.0)), [1e6]);
+    // Eight at most, those of the largest multiple, in the order of the tokens.
+    let mut x = at(&[0, 50, 150, 200, 250].map(|token| (token, 400.0)), 0.1);
+    assert_eq!(kept(&x), [400.0; 5]);
+    for token in 100..107 {
+        x[token * features + 9] = 700.0;
+    }
+    assert_eq!(kept(&x)[0], 400.0);
+    assert!(kept(&x)[1..].iter().all(|x| x.abs() == 0.1));
+    assert_eq!(kept(&x).len(), 8);
+}
