@@ -54,15 +54,19 @@ fn check(lab: &Lab, input: &str, recipe: &str, calib: &str) -> (Value, Value) {
     );
 
     let plan = lab.json(&format!("plan {recipe} {input}"));
-    assert_eq!(
-        plan["bytes"],
-        bytes.len(),
-        "{recipe}: planned and written bytes"
-    );
-    assert_eq!(
-        plan["bits_per_weight"], summary["bits_per_weight"],
-        "{recipe}"
-    );
+    let sparse = manifest(&bytes)["required_features"] != json!([]);
+    for size in ["bytes", "bits_per_weight"] {
+        let (planned, written) = (plan[size].as_f64(), summary[size].as_f64());
+        // A plan does not know which weights will be zero: with sparse encodings it is an upper bound.
+        let holds = match sparse {
+            true => planned > written,
+            false => planned == written && planned.is_some(),
+        };
+        assert!(
+            holds,
+            "{recipe}: {size} planned {planned:?}, written {written:?}"
+        );
+    }
     assert!(lab.succeed("verify out.qbin").starts_with("ok"));
     assert!(
         !lab.names().iter().any(|name| name.contains(".partial")),
