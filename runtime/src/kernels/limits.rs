@@ -2,8 +2,8 @@
 //! kernels are made of. A measured speed means something only beside these.
 //!
 //! The read limit is that of memory: the buffer is several times the last cache, in pages as the system gives them
-//! to a plain allocation. Reads are tried plain and with software prefetch at several distances, because one core
-//! often reads faster with it. The peaks are of independent chains in registers, so that nothing but the execution
+//! to a plain allocation. Reads are tried plain, with software prefetch at several distances, and in several streams at
+//! a time, because one core often reads faster so. The peaks are of independent chains in registers, so that nothing but the execution
 //! units can limit them.
 
 use crate::kernels::isa::{Isa, Level, Vectorized};
@@ -13,8 +13,15 @@ use std::time::{Duration, Instant};
 
 /// Passes over the buffer, and bursts of instructions, of which the best counts.
 const TRIES: usize = 4;
-/// Software prefetch distances in bytes; 0 is as good as none.
-const DISTANCES: [usize; 4] = [0, 1 << 10, 1 << 12, 1 << 14];
+/// Ways to read: streams at a time, and how far ahead in each the lines are fetched, in bytes; 0 is as good as not.
+const WAYS: [(usize, usize); 6] = [
+    (1, 0),
+    (1, 1 << 10),
+    (1, 1 << 12),
+    (1, 1 << 14),
+    (4, 1 << 10),
+    (8, 1 << 10),
+];
 /// Repetitions of every chain in one burst: a millisecond or two.
 const STEPS: usize = 1 << 18;
 /// Words of a cache line.
@@ -25,9 +32,9 @@ const LINE: usize = 8;
 pub struct Limits {
     /// Threads.
     pub threads: usize,
-    /// Bytes per second read from memory by plain loads.
+    /// Bytes per second read from memory by plain loads, one after the other.
     pub read_plain: f64,
-    /// Bytes per second read from memory, with the best of some prefetch distances.
+    /// Bytes per second read from memory, the best of some ways.
     pub read: f64,
     /// 8-bit operations (a multiplication and an addition are two) per second of the level's dot product instruction.
     pub int8: Option<f64>,
@@ -63,11 +70,15 @@ impl Buffer {
 pub fn measure(isa: Isa, threads: usize, buffer: &Buffer) -> Limits {
     assert!(threads > 0, "somebody has to work");
     let bytes = size_of_val(buffer.0.as_slice());
-    let mut read = DISTANCES.map(|distance| {
+    let mut read = WAYS.map(|(streams, distance)| {
         let words = buffer.0.len().div_ceil(threads).next_multiple_of(LINE);
         let pass = |thread: usize| {
             let part = buffer.0.chunks(words).nth(thread).unwrap_or_default();
-            black_box(isa.run(Read { part, distance }));
+            black_box(match streams {
+                1 => isa.run(Read::<1> { part, distance }),
+                4 => isa.run(Read::<4> { part, distance }),
+                _ => isa.run(Read::<8> { part, distance }),
+            });
         };
         bytes as f64 / best_of_passes(threads, pass).as_secs_f64()
     });
@@ -81,7 +92,7 @@ pub fn measure(isa: Isa, threads: usize, buffer: &Buffer) -> Limits {
     Limits {
         threads,
         read_plain,
-        read: read[DISTANCES.len() - 1],
+        read: read[WAYS.len() - 1],
         int8: peak(int8_burst(isa.level())),
         f32: peak(f32_burst(isa.level())),
     }
@@ -120,32 +131,34 @@ fn best_of_passes(threads: usize, pass: impl Fn(usize) + Sync) -> Duration {
     (0..TRIES).map(span).min().unwrap_or(Duration::MAX)
 }
 
-/// Reads everything once.
-struct Read<'a> {
+/// Reads all whole lines once, in `N` streams.
+struct Read<'a, const N: usize> {
     part: &'a [u64],
     distance: usize,
 }
 
-impl Vectorized for Read<'_> {
+impl<const N: usize> Vectorized for Read<'_, N> {
     type Output = u64;
 
     #[inline(always)]
     fn run(self) -> u64 {
-        // Four lines at once: enough independent chains for the loads of any level.
-        const WORDS: usize = 4 * LINE;
-        let mut sums = [0u64; WORDS];
-        let (groups, rest) = self.part.as_chunks::<WORDS>();
-        for group in groups {
-            // At distance 0 it is the line read next, which changes nothing for memory, and keeps the compiler from
-            // turning the loop into gathers.
-            for line in group.chunks_exact(LINE) {
-                prefetch(line.as_ptr().wrapping_byte_add(self.distance));
-            }
-            for (sum, word) in sums.iter_mut().zip(group) {
-                *sum ^= word;
+        let (lines, _) = self.part.as_chunks::<LINE>();
+        let len = lines.len() / N;
+        let streams: [&[[u64; LINE]]; N] = std::array::from_fn(|n| &lines[n * len..][..len]);
+        let mut sums = [[0u64; LINE]; N];
+        for line in 0..len {
+            for (sums, stream) in sums.iter_mut().zip(streams) {
+                // At distance 0 it is the line read next, which changes nothing for memory, and keeps the compiler from
+                // turning the loop into gathers.
+                prefetch(stream[line].as_ptr().wrapping_byte_add(self.distance));
+                for (sum, word) in sums.iter_mut().zip(&stream[line]) {
+                    *sum ^= word;
+                }
             }
         }
-        sums.iter().chain(rest).fold(0, |all, word| all ^ word)
+        let rest = &lines[N * len..];
+        let all = sums.iter().chain(rest).flatten();
+        all.fold(0, |all, word| all ^ word)
     }
 }
 
@@ -154,14 +167,14 @@ impl Vectorized for Read<'_> {
 fn prefetch(address: *const u64) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: every x86-64 CPU has the instruction, and it neither reads nor faults as far as a program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a hint that neither reads nor faults as far as a program can see.
     unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
@@ -364,24 +377,20 @@ mod tests {
 
     #[test]
     fn every_word_is_read_once() {
-        // Lengths that are no whole number of lines; the part beyond the last group counts too.
-        for words in [0, 1, 31, 32, 33, 200] {
-            let part: Vec<u64> = (1..=words)
-                .map(|word: u64| word.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+        // Lines that are no whole number for the streams, too.
+        for lines in [0, 1, 7, 8, 9, 100] {
+            let part: Vec<u64> = (1..=(LINE * lines) as u64)
+                .map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15))
                 .collect();
             let expected = part.iter().fold(0, |all, word| all ^ word);
-            for (isa, distance) in Isa::available()
-                .into_iter()
-                .zip(DISTANCES.into_iter().cycle())
-            {
-                assert_eq!(
-                    isa.run(Read {
-                        part: &part,
-                        distance
-                    }),
-                    expected,
-                    "{words} words"
-                );
+            let (part, distance) = (part.as_slice(), 1 << 10);
+            for isa in Isa::available() {
+                let read = [
+                    isa.run(Read::<1> { part, distance }),
+                    isa.run(Read::<4> { part, distance }),
+                    isa.run(Read::<8> { part, distance }),
+                ];
+                assert_eq!(read, [expected; 3], "{lines} lines");
             }
         }
     }
