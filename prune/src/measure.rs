@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use qbin_quant::{Moments, QuantError};
+use qbin_quant::{Moments, QuantError, observe};
 use qbin_runtime::spec::LinearKind;
 use qbin_runtime::walk::{BlockPass, PassError, Rewritten, Site, Stream};
 use qbin_runtime::{Block, Matrix, ModelConfig, Side, Sublayer};
@@ -70,12 +70,7 @@ impl BlockPass for MeasurePass<'_> {
     }
 
     fn observe(&mut self, site: Site, x: &[f32]) -> Result<(), PassError> {
-        let cols = site.linears()[0].shape(self.config)[1];
-        self.moments
-            .entry(site)
-            .or_insert_with(|| Moments::new(cols))
-            .add(x)?;
-        Ok(())
+        Ok(observe(&mut self.moments, self.config, site, x)?)
     }
 
     fn prepare(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use qbin_format::{Dtype, TensorReport, TensorView, Weight, float_bytes};
 use qbin_quant::{
     Factor, Fate, GptqParams, Granularity, Grid, Held, Metric, Moments, QuantError, QuantPass,
-    ScaleSearch, Zeros, relative_error,
+    ScaleSearch, Zeros, observe, relative_error,
 };
 use qbin_runtime::spec::{LinearKind, linears, weight_name};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site};
@@ -197,12 +197,7 @@ impl BlockPass for PrunePass<'_> {
     }
 
     fn observe(&mut self, site: Site, x: &[f32]) -> Result<(), PassError> {
-        let cols = site.linears()[0].shape(self.config)[1];
-        self.moments
-            .entry(site)
-            .or_insert_with(|| Moments::new(cols))
-            .add(x)?;
-        Ok(())
+        Ok(observe(&mut self.moments, self.config, site, x)?)
     }
 
     fn rewrite(

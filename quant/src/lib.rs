@@ -30,7 +30,7 @@ pub use error::QuantError;
 pub use gptq::{ActOrder, Factor, Gptq, GptqParams, GptqReport, Survivors, gptq};
 pub use grid::{Granularity, Grid, GroupParams, Rounder, ScaleSearch};
 pub use hessian::{Hessian, Metric, Moments, relative_error};
-pub use pass::{Found, Held, QuantPass, WEIGHTS_ALONE, Zeros};
+pub use pass::{Found, Held, QuantPass, WEIGHTS_ALONE, Zeros, observe};
 pub use patterns::Patterns;
 pub use recipe::{Fate, GroupSize, Method, Override, QuantRecipe};
 pub use rtn::rtn;

@@ -63,6 +63,21 @@ impl Zeros for Found {
     }
 }
 
+/// Adds inputs of a site's linears, `[tokens, in_features]`, to the moments of all sites observed and not yet used.
+///
+/// # Errors
+/// Inputs that are not finite.
+pub fn observe(
+    moments: &mut BTreeMap<Site, Moments>,
+    config: &ModelConfig,
+    site: Site,
+    x: &[f32],
+) -> Result<(), QuantError> {
+    let cols = site.linears()[0].shape(config)[1];
+    let moments = moments.entry(site).or_insert_with(|| Moments::new(cols));
+    moments.add(x)
+}
+
 /// A quantization pass over the blocks of one model.
 pub struct QuantPass<'a> {
     recipe: &'a QuantRecipe,
@@ -280,12 +295,7 @@ impl BlockPass for QuantPass<'_> {
     }
 
     fn observe(&mut self, site: Site, x: &[f32]) -> Result<(), PassError> {
-        let cols = site.linears()[0].shape(self.config)[1];
-        self.moments
-            .entry(site)
-            .or_insert_with(|| Moments::new(cols))
-            .add(x)?;
-        Ok(())
+        Ok(observe(&mut self.moments, self.config, site, x)?)
     }
 
     fn prepare(

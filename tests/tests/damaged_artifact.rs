@@ -84,29 +84,29 @@ fn a_flipped_bit_is_found_in_every_part() {
     assert!(kinds.iter().all(|&count| count > 1), "{kinds:?}");
 }
 
+/// Every command that opens `bad.qbin` refuses it, and says `word`.
+fn refused(lab: &Lab, what: &str, word: &str) {
+    for command in [
+        "verify bad.qbin",
+        "inspect bad.qbin",
+        "run bad.qbin --prompt x",
+    ] {
+        let outcome = lab.run(command);
+        let text = &outcome.stderr;
+        assert_eq!(outcome.status, Some(2), "{what}, `{command}`: {text}");
+        assert!(
+            text.starts_with("error: ") && text.contains(word),
+            "{what}, `{command}`: {text}"
+        );
+    }
+}
+
 #[test]
 fn a_flipped_bit_of_the_header_is_refused() {
     let (lab, bytes, data_start) = lab();
     let check = |at: usize| {
         write_flipped(&lab, &bytes, at);
-        for command in [
-            "verify bad.qbin",
-            "inspect bad.qbin",
-            "run bad.qbin --prompt x",
-        ] {
-            let outcome = lab.run(command);
-            assert_eq!(
-                outcome.status,
-                Some(2),
-                "byte {at}, `{command}`: {}",
-                outcome.stderr
-            );
-            assert!(
-                outcome.stderr.starts_with("error: ") && outcome.stderr.contains("bad.qbin"),
-                "{}",
-                outcome.stderr
-            );
-        }
+        refused(&lab, &format!("byte {at}"), "bad.qbin");
     };
     (0..8)
         .chain((8..data_start).step_by(data_start / 12))
@@ -155,23 +155,6 @@ fn a_cut_artifact_is_refused() {
         bytes.len() - 1,
     ] {
         lab.write("bad.qbin", &bytes[..len]);
-        for command in [
-            "verify bad.qbin",
-            "inspect bad.qbin",
-            "run bad.qbin --prompt x",
-        ] {
-            let outcome = lab.run(command);
-            assert_eq!(
-                outcome.status,
-                Some(2),
-                "{len} bytes, `{command}`: {}",
-                outcome.stderr
-            );
-            assert!(
-                outcome.stderr.starts_with("error: ") && outcome.stderr.contains("hint: "),
-                "{len} bytes: {}",
-                outcome.stderr
-            );
-        }
+        refused(&lab, &format!("{len} bytes"), "hint: ");
     }
 }
