@@ -83,7 +83,7 @@ impl Dtype {
 
     /// Bytes of a tensor of this shape, or `None` where that overflows.
     pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        // In this order an extent of 0 makes room for a large one before it only, as the format's own reader has it.
+        // Elements before bytes, as the `safetensors` crate has it: `[2^63, 0]` is empty, and not too large.
         let elements = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
         elements.and_then(|elements| elements.checked_mul(self.size()))
     }
@@ -114,5 +114,6 @@ mod tests {
         assert_eq!(Dtype::F32.bytes_of(&[3, 5]), Some(60));
         assert_eq!(Dtype::F32.bytes_of(&[]), Some(4));
         assert_eq!(Dtype::F32.bytes_of(&[usize::MAX / 2]), None);
+        assert_eq!(Dtype::F32.bytes_of(&[usize::MAX / 2, 0]), Some(0));
     }
 }

@@ -194,6 +194,8 @@ fn commands_say_what_ran() {
     lab.succeed("quantize --method rtn tiny tiny.qbin");
     lab.write("text.txt", "the first time ".repeat(200));
     let ran = lab.json("run tiny.qbin --prompt the --max-tokens 3 --isa scalar --threads 2");
+    let copied = lab.json("run tiny.qbin --prompt the --max-tokens 3 --huge-pages");
+    assert_eq!(copied["text"], ran["text"], "a copy is the same model");
     assert_eq!(
         (&ran["path"], &ran["isa"], &ran["threads"]),
         (&"fast".into(), &"scalar".into(), &2.into())
