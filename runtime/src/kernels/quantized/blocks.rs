@@ -24,7 +24,8 @@ const QUADS: usize = STEP / 4;
 const STREAMED: usize = 4;
 /// Tokens for which twice as many panels fit the registers.
 const WIDE: usize = 2;
-/// How far ahead in each stream the codes are then fetched into the second cache, in bytes.
+/// How far ahead in each stream the codes are then fetched into the second cache, in bytes. Behind the last of them comes
+/// the beginning of the panel that its stream goes on with.
 const PREFETCH: usize = 1024;
 
 /// With more tokens, columns that are multiplied at a time: four panels of them take 64 KiB (INT4) or 128 KiB.
@@ -228,10 +229,14 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
                 for t in 1..T {
                     a[t] = activations[t][step].as_chunks::<4>().0;
                 }
+                let ahead = match step + PREFETCH / BYTES < steps {
+                    true => PREFETCH,
+                    false => PREFETCH + (P - 1) * steps * BYTES,
+                };
                 for pair in 0..QUADS / 2 {
                     if T <= STREAMED {
                         for p in 0..P {
-                            prefetch_pair(v, now[p], pair);
+                            prefetch_pair(v, now[p], pair, ahead);
                         }
                     }
                     dot_quad(v, now, a, 2 * pair, &mut sum[0]);
@@ -243,6 +248,9 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
                 }
             }
             for p in 0..P {
+                if T <= STREAMED {
+                    panels[p].prefetch_parameters(v, weight_group, P);
+                }
                 let s_w = v.scales(panels[p].stored_scales(weight_group));
                 for t in 0..T {
                     let mut total = v.total(sum[0][p][t]);
@@ -301,12 +309,14 @@ fn carry<V: Vectors, const P: usize, const T: usize>(v: V, sum: &mut [[V::Sum; T
 
 /// Fetches what will be needed a while after a pair of quads.
 #[inline(always)]
-fn prefetch_pair<V: Vectors, const BYTES: usize>(v: V, codes: &[u8; BYTES], pair: usize) {
+fn prefetch_pair<V: Vectors, const BYTES: usize>(
+    v: V,
+    codes: &[u8; BYTES],
+    pair: usize,
+    ahead: usize,
+) {
     for vector in 0..BYTES / 256 {
-        v.prefetch(
-            codes
-                .as_ptr()
-                .wrapping_add(PREFETCH + pair * BYTES / 4 + vector * VECTOR),
-        );
+        let line = pair * BYTES / 4 + vector * VECTOR;
+        v.prefetch(codes.as_ptr().wrapping_add(ahead + line));
     }
 }
