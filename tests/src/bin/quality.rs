@@ -19,6 +19,10 @@ const USAGE: &str = "usage: quality MODELS_DIR CALIB.npy TEXT.txt... [-- MODEL..
   CALIB.npy   token ids of the calibration windows
   TEXT.txt    texts to measure on, named as in tests/golden/quality/reference.json
   MODEL       models, all of the reference file if none is given";
+
+/// What `SURVIVORS` stands for in the options of a row.
+const SURVIVORS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/survivors.toml");
+
 const PROTOCOL: [&str; 4] = ["--protocol", "gptq-512", "--windows", "64"];
 
 /// One row: a name, a command of `qbin` with its options, and the reference rows it must not be worse than.
@@ -191,6 +195,16 @@ const ROWS: &[Row] = &[
         bars: &[below("sparsegpt-50-w4")],
     },
     Row {
+        name: "SparseGPT 50%, then RTN W4 g128 asym",
+        options: "quantize --method rtn --sparsity 0.5 --asymmetric --calib GIVEN",
+        bars: &[],
+    },
+    Row {
+        name: "SparseGPT 50%, then GPTQ W4 g128 asym on the survivors",
+        options: "quantize --recipe SURVIVORS --calib GIVEN",
+        bars: &[],
+    },
+    Row {
         name: "SparseGPT 50% + GPTQ W4 g128 asym, allocated",
         options: "quantize --sparsity 0.5 --allocate --asymmetric --calib GIVEN",
         bars: &[below("sparsegpt-50-w4")],
@@ -286,12 +300,10 @@ fn table(model: &Path, calib: &Path, texts: &[PathBuf], reference: &Value) -> bo
                 .any(|bar| reference.get(bar.reference).is_some())
     };
     for row in ROWS.iter().filter(says_something) {
-        let options = row.options.split(' ').map(|option| {
-            if option == "GIVEN" {
-                calib.into()
-            } else {
-                PathBuf::from(option)
-            }
+        let options = row.options.split(' ').map(|option| match option {
+            "GIVEN" => calib.into(),
+            "SURVIVORS" => PathBuf::from(SURVIVORS),
+            _ => PathBuf::from(option),
         });
         let made = qbin(options.chain([model.into(), made_model.clone()]));
         let figures: Vec<Value> = texts
