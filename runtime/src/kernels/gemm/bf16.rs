@@ -156,7 +156,7 @@ pub(in crate::kernels) fn agrees(isa: Isa, scalar: Isa) -> bool {
     let values = |len: u32, step: u32| -> Vec<f32> {
         let value = |i: u32| {
             let mixed = i.wrapping_mul(step).wrapping_mul(0x9e37_79b9);
-            f32::from_bits(mixed & 0x80ff_ffff | (mixed >> 8 & 0xf) + 120 << 23)
+            f32::from_bits((mixed & 0x807f_ffff) | (((mixed >> 8 & 0xf) + 120) << 23))
         };
         (1..=len).map(value).collect()
     };
