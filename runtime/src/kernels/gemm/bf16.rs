@@ -1,7 +1,6 @@
 //! Products of operands rounded to bf16: the same bits with and without an instruction for them.
 //!
-//! Definition: [`product`] of both operands, each element rounded by [`round`]. A product of two bf16 is exact in f32, so
-//! a step of the chain rounds once, as it does there.
+//! Definition: [`product`] of both operands, each element rounded by [`round`].
 //!
 //! `vdpbf16ps` gives these bits. It adds two products to a sum, that of the high halves first, each as a fused multiply-add
 //! rounded to nearest even (Intel's manual at `VDPBF16PS`; Zen 4 was found to do the same), so the earlier term of a pair
