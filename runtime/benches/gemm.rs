@@ -4,9 +4,9 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use qbin_runtime::kernels::Isa;
-use qbin_runtime::kernels::gemm::{Element, Store, View, product};
+use qbin_runtime::kernels::gemm::{Element, Rounded, Store, View, product, product_rounded};
 use qbin_runtime::kernels::gram::Slab;
+use qbin_runtime::kernels::{Isa, Pool};
 
 /// Rows, depth and columns: a slab of tokens through a panel of weights, a square, and the feedback of a sweep.
 const SHAPES: [(usize, usize, usize); 3] =
@@ -48,6 +48,23 @@ fn products<T: Element + From<f32>>(c: &mut Criterion, name: &str) {
     }
 }
 
+fn rounded(c: &mut Criterion) {
+    let mut group = c.benchmark_group("bf16");
+    group.sample_size(10);
+    let pool = Pool::new(1);
+    for (rows, depth, cols) in SHAPES {
+        let (x, w): (Vec<f32>, Vec<f32>) = (values(rows * depth), values(depth * cols));
+        let mut out = vec![0.0; rows * cols];
+        group.throughput(Throughput::Elements((rows * depth * cols) as u64));
+        for isa in Isa::available() {
+            let x = Rounded::new(isa, &pool, &x, depth);
+            group.bench_function(format!("{rows}x{depth}x{cols}/{}", isa.level()), |b| {
+                b.iter(|| product_rounded(isa, &mut out, black_box(&x), &w));
+            });
+        }
+    }
+}
+
 fn moments(c: &mut Criterion) {
     let mut group = c.benchmark_group("moments");
     group.sample_size(10);
@@ -76,6 +93,7 @@ fn moments(c: &mut Criterion) {
 fn all(c: &mut Criterion) {
     products::<f32>(c, "f32");
     products::<f64>(c, "f64");
+    rounded(c);
     moments(c);
 }
 

@@ -163,10 +163,16 @@ impl<'m> Block<'m> {
 
     /// What the outer linear reads, for windows that all start at position 0: `normed` is
     /// `[windows · window_tokens, hidden]`.
-    pub fn mixed(&self, sublayer: Sublayer, normed: &[f32], window_tokens: usize) -> Vec<f32> {
+    pub(crate) fn mixed(
+        &self,
+        cpu: &Cpu,
+        sublayer: Sublayer,
+        normed: &[f32],
+        window_tokens: usize,
+    ) -> Vec<f32> {
         let tokens = normed.len() / self.config.hidden_size;
-        let batch = Batch::new(self.cpu, self.rope, windows(tokens, window_tokens));
-        self.mixed_rows(sublayer, normed, &batch, None)
+        let batch = Batch::new(cpu, self.rope, windows(tokens, window_tokens));
+        self.mixed_rows(cpu, sublayer, normed, &batch, None)
     }
 
     /// What the sublayer adds to the stream, for windows that all start at position 0; a few windows at a time,
@@ -176,43 +182,44 @@ impl<'m> Block<'m> {
         let windows = (OUTPUT_TOKENS / window_tokens).max(1);
         let batch = windows * window_tokens * self.config.hidden_size;
         for (normed, out) in normed.chunks(batch).zip(out.chunks_mut(batch)) {
-            let mixed = self.mixed(sublayer, normed, window_tokens);
-            self.add_outer(sublayer, &mixed, out);
+            let mixed = self.mixed(self.cpu, sublayer, normed, window_tokens);
+            self.add_outer(self.cpu, sublayer, &mixed, out);
         }
         out
     }
 
     /// Adds the sublayer's output to the stream `x`, given what its outer linear reads.
-    pub fn add_outer(&self, sublayer: Sublayer, mixed: &[f32], x: &mut [f32]) {
+    pub(crate) fn add_outer(&self, cpu: &Cpu, sublayer: Sublayer, mixed: &[f32], x: &mut [f32]) {
         self.linear(LinearKind::at(sublayer, Side::Outer)[0])
-            .add_to(self.cpu, mixed, x);
+            .add_to(cpu, mixed, x);
     }
 
     /// The whole block: `x` is changed in place.
     pub(crate) fn forward(&self, x: &mut [f32], batch: &Batch, mut caches: Option<&mut [KvCache]>) {
         for sublayer in Sublayer::ALL {
             let normed = self.normed(sublayer, x);
-            let mixed = self.mixed_rows(sublayer, &normed, batch, caches.as_deref_mut());
-            self.add_outer(sublayer, &mixed, x);
+            let mixed = self.mixed_rows(self.cpu, sublayer, &normed, batch, caches.as_deref_mut());
+            self.add_outer(self.cpu, sublayer, &mixed, x);
         }
     }
 
     fn mixed_rows(
         &self,
+        cpu: &Cpu,
         sublayer: Sublayer,
         normed: &[f32],
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
     ) -> Vec<f32> {
         match sublayer {
-            Sublayer::Attention => self.attention(normed, batch, caches),
-            Sublayer::Mlp => self.gated(normed),
+            Sublayer::Attention => self.attention(cpu, normed, batch, caches),
+            Sublayer::Mlp => self.gated(cpu, normed),
         }
     }
 
     /// `silu(gate) · up`, `[tokens, inner]`.
-    fn gated(&self, normed: &[f32]) -> Vec<f32> {
-        let (cpu, inner) = (self.cpu, self.config.intermediate_size);
+    fn gated(&self, cpu: &Cpu, normed: &[f32]) -> Vec<f32> {
+        let inner = self.config.intermediate_size;
         let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
         let input = Input::new(cpu, normed, &[gate, up]);
         let tokens = normed.len() / self.config.hidden_size;
@@ -232,10 +239,16 @@ impl<'m> Block<'m> {
         out
     }
 
-    fn attention(&self, normed: &[f32], batch: &Batch, caches: Option<&mut [KvCache]>) -> Vec<f32> {
+    fn attention(
+        &self,
+        cpu: &Cpu,
+        normed: &[f32],
+        batch: &Batch,
+        caches: Option<&mut [KvCache]>,
+    ) -> Vec<f32> {
         let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
         let stride = q_dim + 2 * kv_dim;
-        let mut qkv = self.qkv(normed);
+        let mut qkv = self.qkv(cpu, normed);
         self.turn(&mut qkv, &batch.angles);
         let mut own: Vec<BlockCache> = Vec::new();
         let mut all: Vec<&mut BlockCache> = match caches {
@@ -271,13 +284,13 @@ impl<'m> Block<'m> {
             })
             .collect();
         let window = self.config.sliding_window[self.index];
-        attend(self.cpu, self.config, (&qkv, stride), &spans, window)
+        attend(cpu, self.config, (&qkv, stride), &spans, window)
     }
 
     /// Queries, keys and values of every token side by side, `[tokens, q_dim + 2 · kv_dim]`.
-    fn qkv(&self, normed: &[f32]) -> Vec<f32> {
+    fn qkv(&self, cpu: &Cpu, normed: &[f32]) -> Vec<f32> {
         let linears = [LinearKind::Q, LinearKind::K, LinearKind::V].map(|kind| self.linear(kind));
-        let input = Input::new(self.cpu, normed, &linears);
+        let input = Input::new(cpu, normed, &linears);
         let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
         let mut columns = Vec::new();
         let mut first = 0;
@@ -289,11 +302,10 @@ impl<'m> Block<'m> {
             first += linear.rows;
         }
         let mut out = vec![0.0; normed.len() / self.config.hidden_size * first];
-        self.cpu
-            .pool
+        cpu.pool
             .columns(&mut out, first, &columns, |chunk, mut out| {
                 let (linear, rows) = &chunks[chunk];
-                linear.rows(self.cpu, &input, rows.clone(), &mut out);
+                linear.rows(cpu, &input, rows.clone(), &mut out);
             });
         out
     }

@@ -8,8 +8,10 @@ use std::sync::Arc;
 /// How linears are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Weights dequantized to f32, f32 arithmetic: what calibration and comparisons are made with.
+    /// Weights dequantized to f32, f32 arithmetic: what comparisons are made with.
     Reference,
+    /// The same with weights and activations rounded to bf16, summed in f32: what calibration data run through.
+    Bf16,
     /// Quantized weights as they are, with activations as int8 per token and group; weights that are not quantized
     /// in f32. The same bits for every instruction set, batch size and number of threads.
     Fast,
@@ -18,7 +20,7 @@ pub enum Path {
 impl Path {
     /// The name that `--path` takes.
     pub fn name(self) -> &'static str {
-        ["reference", "fast"][self as usize]
+        ["reference", "bf16", "fast"][self as usize]
     }
 }
 
@@ -30,14 +32,14 @@ impl fmt::Display for Path {
 
 /// A name that belongs to no [`Path`].
 #[derive(Debug, thiserror::Error)]
-#[error("unknown path `{0}`, expected reference or fast")]
+#[error("unknown path `{0}`, expected reference, bf16 or fast")]
 pub struct UnknownPath(String);
 
 impl FromStr for Path {
     type Err = UnknownPath;
 
     fn from_str(name: &str) -> Result<Self, UnknownPath> {
-        let found = [Self::Reference, Self::Fast]
+        let found = [Self::Reference, Self::Bf16, Self::Fast]
             .into_iter()
             .find(|path| path.name() == name);
         found.ok_or_else(|| UnknownPath(name.into()))

@@ -5,9 +5,9 @@
 //! [`generate`] sampling from it, [`Cpu`] what it runs on, [`walk`] the pass over blocks in which weights are rewritten,
 //! [`eval`] perplexity and the comparison with another model.
 //!
-//! A linear is computed on one of two [`Path`]s: the *reference path*, weights dequantized to f32 and f32 arithmetic,
-//! or the *fast path*, packed weights as they are with int8 activations. Everything between the linears is the same on
-//! both, and so is the promise of [`kernels`]: the same bits for every instruction set, number of threads and batch.
+//! A linear is computed on one of three [`Path`]s: the *reference path*, weights dequantized to f32 and f32 arithmetic;
+//! the *bf16 path*, the same with both rounded to bf16; or the *fast path*, packed weights as they are with int8
+//! activations. Everything between the linears is the same on all, and so is the promise of [`kernels`]: the same bits for every instruction set, number of threads and batch.
 
 mod attention;
 mod block;

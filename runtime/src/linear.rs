@@ -1,7 +1,7 @@
 //! One linear layer: `y = x · Wᵀ + b`.
 
 use crate::kernels::dense::{Dense, matmul_dense};
-use crate::kernels::gemm::{Store, View, product};
+use crate::kernels::gemm::{Rounded, Store, View, product, product_rounded};
 use crate::kernels::{Activations, Columns, Isa, activation_group, elementwise, matmul};
 use crate::{Cpu, Path, RuntimeError};
 use qbin_format::Weight;
@@ -44,6 +44,8 @@ pub(crate) struct Input<'a> {
     cols: usize,
     /// For the fast path: int8, by size of group.
     quantized: Vec<Activations>,
+    /// For the path that rounds them to bf16.
+    rounded: Option<Rounded>,
 }
 
 impl<'a> Input<'a> {
@@ -55,6 +57,7 @@ impl<'a> Input<'a> {
             x,
             cols,
             quantized: Vec::new(),
+            rounded: (cpu.path == Path::Bf16).then(|| Rounded::new(cpu.isa, &cpu.pool, x, cols)),
         };
         for linear in linears {
             assert!(
@@ -74,7 +77,7 @@ impl<'a> Input<'a> {
             return;
         };
         let group = activation_group(view.scheme, self.cols);
-        if cpu.path == Path::Reference || self.quantized.iter().any(|x| x.group() == group) {
+        if cpu.path != Path::Fast || self.quantized.iter().any(|x| x.group() == group) {
             return;
         }
         let mut activations = Activations::default();
@@ -149,7 +152,9 @@ impl Linear<'_> {
         out: &mut Columns<'_>,
     ) {
         match (cpu.path, &self.weight) {
-            (Path::Reference, _) => self.reference(cpu.isa, input, rows.clone(), out),
+            (Path::Reference | Path::Bf16, _) => {
+                self.dequantized(cpu.isa, input, rows.clone(), out)
+            }
             (Path::Fast, Matrix::Stored(Weight::Quantized(view))) => {
                 let group = activation_group(view.scheme, self.cols);
                 let activations = input.quantized.iter().find(|x| x.group() == group);
@@ -172,8 +177,8 @@ impl Linear<'_> {
         }
     }
 
-    /// The same with the weights in f32.
-    fn reference(&self, isa: Isa, input: &Input<'_>, rows: Range<usize>, out: &mut Columns<'_>) {
+    /// The same with the weights in f32, or, where the inputs are rounded to bf16, rounded like them.
+    fn dequantized(&self, isa: Isa, input: &Input<'_>, rows: Range<usize>, out: &mut Columns<'_>) {
         let (tokens, width) = (input.tokens(), rows.len());
         let weight = match &self.weight {
             Matrix::Owned(weight) => {
@@ -186,16 +191,14 @@ impl Linear<'_> {
             }
         };
         let mut panel = vec![0.0; tokens * width];
-        let x = View::row_major(input.x, tokens, self.cols);
-        let weight = View::row_major(&weight, width, self.cols);
-        product(
-            isa,
-            &mut panel,
-            width,
-            Store::Replace,
-            x,
-            weight.transpose(),
-        );
+        match &input.rounded {
+            Some(x) => product_rounded(isa, &mut panel, x, &weight),
+            None => {
+                let x = View::row_major(input.x, tokens, self.cols);
+                let weight = View::row_major(&weight, width, self.cols).transpose();
+                product(isa, &mut panel, width, Store::Replace, x, weight);
+            }
+        }
         for (token, panel) in panel.chunks_exact(width).enumerate() {
             out.row(token).copy_from_slice(panel);
         }
@@ -236,5 +239,36 @@ pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<(), RuntimeEr
             index,
             value: values[index],
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bf16_path_is_the_reference_path_of_rounded_values() {
+        let (rows, cols, tokens) = (130, 77, 11);
+        let values = |len: usize, step: f32| -> Vec<f32> {
+            (0..len).map(|i| (i as f32 * step).sin()).collect()
+        };
+        let round = |values: &[f32]| -> Vec<f32> {
+            let rounded = values.iter().map(|&value| half::bf16::from_f32(value));
+            rounded.map(half::bf16::to_f32).collect()
+        };
+        let apply = |path, weight: &[f32], x: &[f32]| {
+            let linear = Linear {
+                name: "w".into(),
+                rows,
+                cols,
+                weight: Matrix::Owned(weight.to_vec()),
+                bias: Some(values(rows, 0.3)),
+            };
+            linear.apply(&Cpu::new(path, Isa::detect(), 2), x)
+        };
+        let (weight, x) = (values(rows * cols, 0.7), values(tokens * cols, 0.9));
+        let got = apply(Path::Bf16, &weight, &x);
+        assert_eq!(got, apply(Path::Reference, &round(&weight), &round(&x)));
+        assert_ne!(got, apply(Path::Reference, &weight, &x));
     }
 }

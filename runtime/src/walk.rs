@@ -9,7 +9,7 @@
 
 use crate::decoder::{Parts, finite};
 use crate::spec::{EMBEDDING, LinearKind, weight_name};
-use crate::{Block, RuntimeError, Side, Sublayer};
+use crate::{Block, Cpu, Path, RuntimeError, Side, Sublayer};
 use qbin_format::QuantizedMatrix;
 use qbin_format::TensorReport;
 use std::collections::BTreeMap;
@@ -157,6 +157,7 @@ pub fn walk(
 ) -> Result<(), RuntimeError> {
     let mut walker = Walker {
         parts,
+        cpu: parts.cpu.with_path(Path::Bf16),
         stream: embed(parts, ids, window_tokens)?,
         done: 0,
         total: 0,
@@ -200,6 +201,8 @@ fn embed(parts: &Parts<'_>, ids: &[u32], window_tokens: usize) -> Result<Stream,
 
 struct Walker<'a, 'p> {
     parts: &'a Parts<'a>,
+    /// What the calibration windows run on. Passes compare outputs that differ little, on the path they were given.
+    cpu: Cpu,
     stream: Stream,
     done: u64,
     total: u64,
@@ -265,7 +268,7 @@ impl Walker<'_, '_> {
                 };
                 let inputs = match side {
                     Side::Inner => &normed,
-                    Side::Outer => &block.mixed(sublayer, &normed, window_tokens),
+                    Side::Outer => &block.mixed(&self.cpu, sublayer, &normed, window_tokens),
                 };
                 pass.observe(site, inputs).map_err(RuntimeError::Pass)?;
                 self.tick_tokens(site, tokens);
@@ -281,8 +284,8 @@ impl Walker<'_, '_> {
             let end = (start + len).min(self.stream.x.len());
             let batch = &mut self.stream.x[start..end];
             let normed = block.normed(sublayer, batch);
-            let mixed = block.mixed(sublayer, &normed, window_tokens);
-            block.add_outer(sublayer, &mixed, batch);
+            let mixed = block.mixed(&self.cpu, sublayer, &normed, window_tokens);
+            block.add_outer(&self.cpu, sublayer, &mixed, batch);
             let tokens = (end - start) / self.stream.hidden;
             for side in Side::ALL {
                 self.tick_tokens(

@@ -116,10 +116,10 @@ fn every_family_has_the_same_logits_everywhere() {
 }
 
 #[test]
-fn a_dense_checkpoint_has_the_same_logits_everywhere_on_both_paths() {
+fn a_dense_checkpoint_has_the_same_logits_everywhere_on_every_path() {
     let model = Model::open(&root().join("tests/golden/models/qwen2")).expect("a checkpoint");
     let tokens: Vec<u32> = (0..41).map(|at| at * 37 % 96).collect();
-    for path in [Path::Reference, Path::Fast] {
+    for path in [Path::Reference, Path::Bf16, Path::Fast] {
         let mut expected: Option<Vec<u32>> = None;
         for cpu in cpus(path) {
             with_decoder(&model, &cpu, |decoder| {

@@ -1,7 +1,11 @@
 //! Which instructions this machine has, found out once, and work compiled for each of them.
 
+#[cfg(target_arch = "x86_64")]
+use super::gemm;
 use std::fmt;
 use std::str::FromStr;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 /// A set of instructions, each including those before it on the same architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,6 +79,7 @@ pub struct UnsupportedLevel {
 pub struct Isa {
     level: Level,
     vbmi2: bool,
+    bf16: bool,
 }
 
 impl Isa {
@@ -109,6 +114,7 @@ impl Isa {
         Self {
             level,
             vbmi2: false,
+            bf16: false,
         }
     }
 
@@ -120,6 +126,12 @@ impl Isa {
     /// Whether VBMI and VBMI2 (byte permutation and expansion) may be used at 512 bits.
     pub fn has_vbmi2(self) -> bool {
         self.vbmi2
+    }
+
+    /// Whether the dot product of bf16 pairs may be used at 512 bits: it is there and sums in the order that
+    /// [`gemm`](super::gemm) defines.
+    pub fn has_bf16(self) -> bool {
+        self.bf16
     }
 
     /// Runs work compiled for this level's vectors. The compiler neither reorders nor fuses float operations, so the
@@ -196,13 +208,16 @@ fn native() -> Vec<Isa> {
         {
             let vbmi2 =
                 is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
-            found.push(Isa {
+            let mut avx512 = Isa {
                 level: Level::Avx512,
                 vbmi2,
-            });
+                bf16: is_x86_feature_detected!("avx512bf16"),
+            };
+            avx512.bf16 = avx512.bf16 && sums_pairs_in_order(avx512);
+            found.push(avx512);
             let amx = Isa {
                 level: Level::Amx,
-                vbmi2,
+                ..avx512
             };
             if amx::granted(amx) {
                 found.push(amx);
@@ -224,6 +239,13 @@ fn native() -> Vec<Isa> {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn native() -> Vec<Isa> {
     Vec::new()
+}
+
+/// Whether the dot product of bf16 pairs gives the bits of the definition; asked once.
+#[cfg(target_arch = "x86_64")]
+fn sums_pairs_in_order(isa: Isa) -> bool {
+    static AGREES: OnceLock<bool> = OnceLock::new();
+    *AGREES.get_or_init(|| gemm::agrees(isa, Isa::plain(Level::Scalar)))
 }
 
 /// Whether AMX may be used: the CPU has it, Linux gives this process the tiles' state, and it multiplies right.
@@ -302,6 +324,16 @@ mod tests {
                 Ok(isa) => assert!(there && isa.level() == level),
                 Err(error) => assert!(!there && error.to_string().contains(level.name())),
             }
+        }
+    }
+
+    // Without this, a wrong kernel would only be refused by detection, and nothing would show it.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn bf16_pairs_sum_as_defined_where_the_instruction_is() {
+        for isa in Isa::available() {
+            let expected = isa.level() >= Level::Avx512 && is_x86_feature_detected!("avx512bf16");
+            assert_eq!(isa.has_bf16(), expected, "{}", isa.level());
         }
     }
 

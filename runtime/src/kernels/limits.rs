@@ -40,6 +40,8 @@ pub struct Limits {
     pub int8: Option<f64>,
     /// f32 operations per second of fused multiply-adds.
     pub f32: Option<f64>,
+    /// bf16 operations per second of the dot product of pairs, where there is one.
+    pub bf16: Option<f64>,
 }
 
 /// Memory to read: measure with one buffer for all thread counts, because filling it takes longest.
@@ -95,6 +97,7 @@ pub fn measure(isa: Isa, threads: usize, buffer: &Buffer) -> Limits {
         read: read[WAYS.len() - 1],
         int8: peak(int8_burst(isa.level())),
         f32: peak(f32_burst(isa.level())),
+        bf16: peak(bf16_burst(isa)),
     }
 }
 
@@ -222,6 +225,16 @@ fn f32_burst(level: Level) -> Option<Burst> {
     }
 }
 
+/// The dot product of bf16 pairs.
+fn bf16_burst(isa: Isa) -> Option<Burst> {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_bf16() {
+        return Some(x86::DPBF16_512);
+    }
+    let _ = isa;
+    None
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Burst, STEPS, operations};
@@ -262,6 +275,8 @@ mod x86 {
         |sum, half| _mm256_fmadd_ps(sum, half, half));
     burst!(FMA_512, "avx512f", 24 of 32, _mm512_set1_ps(0.5), _mm512_set1_ps(1.0),
         |sum, half| _mm512_fmadd_ps(sum, half, half));
+    burst!(DPBF16_512, "avx512f,avx512bf16", 24 of 64, _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5), _mm512_set1_ps(0.5)),
+        _mm512_set1_ps(1.0), |sum, half| _mm512_dpbf16_ps(sum, half, half));
 
     /// Two tiles of activations times two of weights, as a kernel would hold them.
     pub(super) const TDPBUSD: Burst = Burst {
@@ -414,6 +429,7 @@ mod tests {
                             && peak.is_none_or(|peak| peak.is_finite() && peak > 0.0)
                     );
                 }
+                assert!(isa.has_bf16() == limits.bf16.is_some_and(|peak| peak > 0.0));
             }
         }
     }

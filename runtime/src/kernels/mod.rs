@@ -5,8 +5,9 @@
 //!
 //! Where to look: `isa` which instructions there are, and portable Rust compiled for each of them; `pool` the threads of a
 //! forward pass and `columns` what each of them writes. The fast path's linears: `activations` rounding to int8, `quantized` packed
-//! and sparse weights, `dense` weights that are not quantized. Between the linears, on both paths: `attention`,
-//! `elementwise`, `logits`. Offline and the reference path: [`gemm`] products in f32 and f64, [`gram`] second moments.
+//! and sparse weights, `dense` weights that are not quantized. Between the linears, on every path: `attention`,
+//! `elementwise`, `logits`. Offline and the other paths: [`gemm`] products in f32, f64 and bf16, [`gram`] second
+//! moments.
 //! [`limits`] measures what the machine could do at most.
 //!
 //! This folder is the only place of the crate where `unsafe` is allowed: instruction sets, tiles and the pool's

@@ -117,6 +117,7 @@ pub(crate) fn peak(path: qbin_runtime::Path, limits: &Limits) -> Option<f64> {
     match path {
         qbin_runtime::Path::Fast => limits.int8,
         qbin_runtime::Path::Reference => limits.f32,
+        qbin_runtime::Path::Bf16 => limits.bf16,
     }
 }
 

@@ -77,6 +77,7 @@ struct MachineLimits {
     read_bytes: f64,
     int8_operations: Option<f64>,
     f32_operations: Option<f64>,
+    bf16_operations: Option<f64>,
 }
 
 impl Row {
@@ -109,6 +110,7 @@ impl Row {
                 read_bytes: limits.read,
                 int8_operations: limits.int8,
                 f32_operations: limits.f32,
+                bf16_operations: limits.bf16,
             }),
         }
     }
@@ -235,7 +237,14 @@ impl Report {
             cells.truncate(2);
             cells.push(format!("{:.2}", 1e-9 * limits.plain_read_bytes));
             cells.push(format!("{:.2}", 1e-9 * limits.read_bytes));
-            cells.extend([limits.int8_operations, limits.f32_operations].map(giga));
+            cells.extend(
+                [
+                    limits.int8_operations,
+                    limits.f32_operations,
+                    limits.bf16_operations,
+                ]
+                .map(giga),
+            );
             rows.push(cells);
         }
         rows.dedup();
@@ -246,6 +255,7 @@ impl Report {
             "with prefetch",
             "int8 peak GOP/s",
             "f32 peak GFLOP/s",
+            "bf16 peak GFLOP/s",
         ];
         Some(render::markdown_table(&header, &rows))
     }

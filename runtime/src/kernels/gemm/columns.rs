@@ -29,8 +29,9 @@ impl<T: Copy> Vectorized for Portable<'_, '_, T> {
     }
 }
 
-/// [`portable`] for f32, in squares that are turned in registers.
-pub(super) fn single(isa: Isa, rows: [&[f32]; ROWS], out: &mut [f32], stride: usize) {
+/// [`portable`] for elements of four bytes, in squares that are turned in registers.
+pub(super) fn single<T: Copy>(isa: Isa, rows: [&[T]; ROWS], out: &mut [T], stride: usize) {
+    const { assert!(size_of::<T>() == 4, "elements of four bytes") };
     #[cfg(target_arch = "x86_64")]
     if isa.level() >= Level::Avx2 {
         let cols = rows[0].len();
@@ -64,18 +65,18 @@ mod x86 {
     use super::ROWS;
 
     /// # Safety
-    /// The CPU has AVX2, each row has at least `cols` elements, a multiple of eight, and `out` at least
-    /// `(cols − 1) · stride + 8`.
+    /// The CPU has AVX2, elements have four bytes, each row has at least `cols` of them, a multiple of eight, and `out` at
+    /// least `(cols − 1) · stride + 8`.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn squares(
-        rows: [&[f32]; ROWS],
+    pub(super) unsafe fn squares<T: Copy>(
+        rows: [&[T]; ROWS],
         cols: usize,
-        out: &mut [f32],
+        out: &mut [T],
         stride: usize,
     ) {
         for col in (0..cols).step_by(ROWS) {
             // SAFETY: `col + 8 <= cols`.
-            let r = rows.map(|row| unsafe { _mm256_loadu_ps(row.as_ptr().add(col)) });
+            let r = rows.map(|row| unsafe { _mm256_loadu_ps(row.as_ptr().add(col).cast()) });
             let pairs = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             let ((a0, a1), (a2, a3)) = (pairs(r[0], r[1]), pairs(r[2], r[3]));
             let ((a4, a5), (a6, a7)) = (pairs(r[4], r[5]), pairs(r[6], r[7]));
@@ -101,7 +102,9 @@ mod x86 {
             ];
             for (i, column) in columns.into_iter().enumerate() {
                 // SAFETY: `col + i < cols`, so eight elements fit there.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add((col + i) * stride), column) };
+                unsafe {
+                    _mm256_storeu_ps(out.as_mut_ptr().add((col + i) * stride).cast(), column)
+                };
             }
         }
     }

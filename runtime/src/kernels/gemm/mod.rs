@@ -1,9 +1,10 @@
-//! Dense matrix products in f32 and f64, the same bits on every machine.
+//! Dense matrix products in f32 and f64, and of operands rounded to bf16, the same bits on every machine.
 //!
 //! An element of a product is the sum, in order, of the parts of 256 terms; a part is one chain of fused
 //! multiply-adds over its terms in order, starting from zero. Nothing else is rounded, so a result depends neither on
 //! the instruction set, nor on the other rows and columns computed with it, nor on threads.
 
+mod bf16;
 mod columns;
 mod pack;
 mod tile;
@@ -15,6 +16,9 @@ use std::ops::Range;
 use super::isa::{Isa, Vectorized};
 use tile::{COLS, ROWS, Tile};
 
+#[cfg(target_arch = "x86_64")]
+pub(in crate::kernels) use bf16::agrees;
+pub use bf16::{Rounded, product_rounded};
 pub use tile::Element;
 pub use transpose::transpose;
 pub use view::View;
