@@ -4,6 +4,7 @@
 //! gate and up, `mix` is `silu(gate) · up` and `outer` is down. The walk uses the same four steps.
 
 use crate::attention::{Span, attend};
+use crate::batch::{Batch, windows};
 use crate::kernels::{Columns, elementwise};
 use crate::kv_cache::{BlockCache, HeadShape};
 use crate::linear::{Input, check_finite};
@@ -64,33 +65,6 @@ pub struct Block<'m> {
     config: &'m ModelConfig,
     rope: &'m Rope,
     cpu: &'m Cpu,
-}
-
-/// The rows of a batch that belong to one sequence, and the positions before them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows {
-    pub(crate) first: usize,
-    pub(crate) len: usize,
-    pub(crate) past: usize,
-}
-
-/// The rows of a batch with their rotary angles, the same for every block.
-pub(crate) struct Batch {
-    rows: Vec<Rows>,
-    angles: Angles,
-}
-
-impl Batch {
-    pub(crate) fn new(cpu: &Cpu, rope: &Rope, rows: Vec<Rows>) -> Self {
-        let positions: Vec<usize> = rows
-            .iter()
-            .flat_map(|rows| rows.past..rows.past + rows.len)
-            .collect();
-        Self {
-            angles: rope.angles(&cpu.pool, &positions),
-            rows,
-        }
-    }
 }
 
 impl<'m> Block<'m> {
@@ -194,11 +168,20 @@ impl<'m> Block<'m> {
             .add_to(cpu, mixed, x);
     }
 
-    /// The whole block: `x` is changed in place.
-    pub(crate) fn forward(&self, x: &mut [f32], batch: &Batch, mut caches: Option<&mut [KvCache]>) {
+    /// The whole block: `x` is changed in place. Where not all rows are wanted, only those are left, but keys and
+    /// values of all of them are cached.
+    pub(crate) fn forward(
+        &self,
+        x: &mut Vec<f32>,
+        batch: &Batch,
+        mut caches: Option<&mut [KvCache]>,
+    ) {
         for sublayer in Sublayer::ALL {
             let normed = self.normed(sublayer, x);
             let mixed = self.mixed_rows(self.cpu, sublayer, &normed, batch, caches.as_deref_mut());
+            if let (Sublayer::Attention, Some(wanted)) = (sublayer, batch.wanted()) {
+                *x = wanted.of(x, self.config.hidden_size);
+            }
             self.add_outer(self.cpu, sublayer, &mixed, x);
         }
     }
@@ -239,6 +222,7 @@ impl<'m> Block<'m> {
         out
     }
 
+    /// The mixed values of the wanted rows, `[rows, q_dim]`.
     fn attention(
         &self,
         cpu: &Cpu,
@@ -246,12 +230,19 @@ impl<'m> Block<'m> {
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
     ) -> Vec<f32> {
-        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
-        let stride = q_dim + 2 * kv_dim;
-        let mut qkv = self.qkv(cpu, normed);
-        self.turn(&mut qkv, &batch.angles);
+        use LinearKind::{K, Q, V};
+        let kv_dim = self.config.kv_dim();
+        let all = match batch.wanted() {
+            None => self.heads(cpu, normed, &[Q, K, V], batch.angles()),
+            Some(_) => self.heads(cpu, normed, &[K, V], batch.angles()),
+        };
+        let queries = batch.wanted().map(|wanted| {
+            let normed = wanted.of(normed, self.config.hidden_size);
+            let heads = self.heads(cpu, &normed, &[Q], wanted.angles());
+            (heads, wanted.rows())
+        });
         let mut own: Vec<BlockCache> = Vec::new();
-        let mut all: Vec<&mut BlockCache> = match caches {
+        let mut all_caches: Vec<&mut BlockCache> = match caches {
             Some(caches) => {
                 let caches = caches.iter_mut();
                 caches.map(|cache| cache.block_mut(self.index)).collect()
@@ -260,22 +251,26 @@ impl<'m> Block<'m> {
                 let shape = HeadShape::of(self.config);
                 own.extend(
                     batch
-                        .rows
+                        .rows()
                         .iter()
                         .map(|rows| BlockCache::new(shape, rows.len)),
                 );
                 own.iter_mut().collect()
             }
         };
-        for (cache, rows) in all.iter_mut().zip(&batch.rows) {
+        for (cache, rows) in all_caches.iter_mut().zip(batch.rows()) {
             cache.append(&self.cpu.pool, rows.len, |token| {
-                qkv[(rows.first + token) * stride..][q_dim..stride].split_at(kv_dim)
+                let row = all.row(rows.first + token);
+                row[row.len() - 2 * kv_dim..].split_at(kv_dim)
             });
         }
-        let spans: Vec<Span<'_>> = batch
-            .rows
+        let (queries, rows) = match &queries {
+            Some((queries, rows)) => (queries, *rows),
+            None => (&all, batch.rows()),
+        };
+        let spans: Vec<Span<'_>> = rows
             .iter()
-            .zip(&all)
+            .zip(&all_caches)
             .map(|(rows, cache)| Span {
                 first: rows.first,
                 len: rows.len,
@@ -284,61 +279,72 @@ impl<'m> Block<'m> {
             })
             .collect();
         let window = self.config.sliding_window[self.index];
-        attend(cpu, self.config, (&qkv, stride), &spans, window)
+        let queries = (queries.values.as_slice(), queries.width);
+        attend(cpu, self.config, queries, &spans, window)
     }
 
-    /// Queries, keys and values of every token side by side, `[tokens, q_dim + 2 · kv_dim]`.
-    fn qkv(&self, cpu: &Cpu, normed: &[f32]) -> Vec<f32> {
-        let linears = [LinearKind::Q, LinearKind::K, LinearKind::V].map(|kind| self.linear(kind));
+    /// What some of q, k and v make of every row, side by side, queries and keys normed (where the model has such
+    /// norms) and turned.
+    fn heads(&self, cpu: &Cpu, normed: &[f32], kinds: &[LinearKind], angles: &Angles) -> Heads {
+        let linears: Vec<_> = kinds.iter().map(|&kind| self.linear(kind)).collect();
         let input = Input::new(cpu, normed, &linears);
         let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
         let mut columns = Vec::new();
-        let mut first = 0;
+        let mut width = 0;
         for linear in linears {
             for rows in linear.chunks() {
-                columns.push(first + rows.start..first + rows.end);
+                columns.push(width + rows.start..width + rows.end);
                 chunks.push((linear, rows));
             }
-            first += linear.rows;
+            width += linear.rows;
         }
-        let mut out = vec![0.0; normed.len() / self.config.hidden_size * first];
+        let mut values = vec![0.0; normed.len() / self.config.hidden_size * width];
         cpu.pool
-            .columns(&mut out, first, &columns, |chunk, mut out| {
+            .columns(&mut values, width, &columns, |chunk, mut out| {
                 let (linear, rows) = &chunks[chunk];
                 linear.rows(cpu, &input, rows.clone(), &mut out);
             });
-        out
+        self.turn(&mut values, kinds, width, angles);
+        Heads { values, width }
     }
 
-    /// Norms (where the model has them) and turns the heads of queries and keys.
-    fn turn(&self, qkv: &mut [f32], angles: &Angles) {
-        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
+    /// Norms (where the model has them) and turns the heads of queries and keys in rows of `width`.
+    fn turn(&self, values: &mut [f32], kinds: &[LinearKind], width: usize, angles: &Angles) {
         let (isa, eps) = (self.cpu.isa, self.config.rms_norm_eps);
-        let stride = q_dim + 2 * kv_dim;
-        let rows = rows_per_part(stride);
-        self.cpu.pool.parts(qkv, rows * stride, |part, qkv| {
-            for (row, qkv) in qkv.chunks_exact_mut(stride).enumerate() {
-                if let Some([q_norm, k_norm]) = &self.qk_norms {
-                    let (q, rest) = qkv.split_at_mut(q_dim);
-                    elementwise::rms_norm_heads(isa, q, q_norm, eps);
-                    elementwise::rms_norm_heads(isa, &mut rest[..kv_dim], k_norm, eps);
+        let norms = self.qk_norms.as_ref();
+        let rows = rows_per_part(width);
+        self.cpu.pool.parts(values, rows * width, |part, values| {
+            for (row, mut rest) in values.chunks_exact_mut(width).enumerate() {
+                for kind in kinds {
+                    let (norm, dim) = match kind {
+                        LinearKind::Q => (norms.map(|norms| &norms[0]), self.config.q_dim()),
+                        LinearKind::K => (norms.map(|norms| &norms[1]), self.config.kv_dim()),
+                        // Values stay as they are.
+                        _ => break,
+                    };
+                    let heads;
+                    (heads, rest) = rest.split_at_mut(dim);
+                    if let Some(norm) = norm {
+                        elementwise::rms_norm_heads(isa, heads, norm, eps);
+                    }
+                    angles.turn(isa, heads, part * rows + row);
                 }
-                angles.turn(isa, &mut qkv[..q_dim + kv_dim], part * rows + row);
             }
         });
     }
 }
 
-/// The rows of consecutive windows that all start at position 0.
-pub(crate) fn windows(tokens: usize, window_tokens: usize) -> Vec<Rows> {
-    (0..tokens)
-        .step_by(window_tokens)
-        .map(|first| Rows {
-            first,
-            len: window_tokens.min(tokens - first),
-            past: 0,
-        })
-        .collect()
+/// Queries, keys or values of some rows, side by side.
+struct Heads {
+    /// `[rows, width]`.
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl Heads {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.width..][..self.width]
+    }
 }
 
 /// A vector of the model (a norm or a bias) in f32.

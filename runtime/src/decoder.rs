@@ -1,11 +1,13 @@
 //! The whole decoder: token ids in, logits out.
 
-use crate::block::{Batch, Block, Rows, load_linear, load_vector, rms_norm};
+use crate::batch::{Batch, Rows};
+use crate::block::{Block, load_linear, load_vector, rms_norm};
 use crate::config::ModelConfig;
 use crate::rope::Rope;
 use crate::spec::{self, EMBEDDING, FINAL_NORM, HEAD};
 use crate::{Cpu, KvCache, Linear, RuntimeError};
 use qbin_format::{Model, Weight};
+use std::ops::Range;
 
 /// The parts of a model that its blocks borrow.
 pub struct Parts<'m> {
@@ -141,6 +143,26 @@ impl<'m> Decoder<'m> {
         sequences: &[&[u32]],
         caches: Option<&mut [KvCache]>,
     ) -> Result<Vec<f32>, RuntimeError> {
+        let all: Vec<_> = sequences.iter().map(|tokens| 0..tokens.len()).collect();
+        self.forward_for(sequences, caches, &all)
+    }
+
+    /// The same, of which only the stream of the tokens `wanted` (a range for each sequence) is returned,
+    /// `[wanted tokens, hidden]`, with the same bits. The last block caches keys and values of all tokens, and does
+    /// the rest for these alone.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, or activations of wanted tokens that are not finite.
+    ///
+    /// # Panics
+    /// If there is not one range, and one cache if any, for each sequence, or a sequence has not the tokens wanted.
+    pub fn forward_for(
+        &self,
+        sequences: &[&[u32]],
+        caches: Option<&mut [KvCache]>,
+        wanted: &[Range<usize>],
+    ) -> Result<Vec<f32>, RuntimeError> {
+        assert_eq!(wanted.len(), sequences.len(), "a range for each sequence");
         let past: Vec<usize> = match &caches {
             Some(caches) => {
                 assert_eq!(caches.len(), sequences.len(), "one cache for each sequence");
@@ -160,15 +182,16 @@ impl<'m> Decoder<'m> {
         }
         let mut x = self.parts.embed(&sequences.concat())?;
         let mut caches = caches;
-        let batch = Batch::new(&self.parts.cpu, &self.parts.rope, rows);
-        for block in &self.blocks {
+        let Parts { cpu, rope, .. } = self.parts;
+        let mut batch = Batch::new(cpu, rope, rows);
+        for (index, block) in self.blocks.iter().enumerate() {
+            if index + 1 == self.blocks.len() {
+                batch = batch.wanting(cpu, rope, wanted);
+            }
             block.forward(&mut x, &batch, caches.as_deref_mut());
         }
-        finite(
-            &x,
-            self.blocks.len().saturating_sub(1),
-            self.config().hidden_size,
-        )?;
+        let last = self.blocks.len().saturating_sub(1);
+        finite(&x, last, self.config().hidden_size, |row| batch.row(row))?;
         Ok(rms_norm(
             &self.parts.cpu,
             &x,
@@ -183,13 +206,18 @@ impl<'m> Decoder<'m> {
     }
 }
 
-/// Checks a batch `[tokens, hidden]` of the residual stream behind block `block`.
-pub(crate) fn finite(x: &[f32], block: usize, hidden: usize) -> Result<(), RuntimeError> {
+/// Checks rows `[rows, hidden]` of the residual stream behind block `block`; `token` says which one a row is.
+pub(crate) fn finite(
+    x: &[f32],
+    block: usize,
+    hidden: usize,
+    token: impl Fn(usize) -> usize,
+) -> Result<(), RuntimeError> {
     match x.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(at) => Err(RuntimeError::NonFiniteActivation {
             block,
-            token: at / hidden,
+            token: token(at / hidden),
             channel: at % hidden,
         }),
     }

@@ -343,37 +343,35 @@ fn score<T: Send>(
     for (batch, chunk) in windows.chunks(per_batch).enumerate() {
         progress(batch * per_batch, windows.len());
         let sequences: Vec<&[u32]> = chunk.iter().map(Vec::as_slice).collect();
+        // The logits in front of a token score it.
+        let wanted = vec![protocol.first_scored - 1..protocol.window - 1; chunk.len()];
         let hidden = decoders
             .iter()
-            .map(|decoder| decoder.forward(&sequences, None))
+            .map(|decoder| decoder.forward_for(&sequences, None, &wanted))
             .collect::<Result<Vec<_>, _>>()?;
-        let scored: Vec<usize> = (0..chunk.len())
-            .flat_map(|w| {
-                (protocol.first_scored..protocol.window).map(move |at| w * protocol.window + at)
-            })
+        let targets: Vec<u32> = chunk
+            .iter()
+            .flat_map(|window| &window[protocol.first_scored..])
+            .copied()
             .collect();
-        for targets in scored.chunks((LOGITS / vocab).max(1)) {
+        let at_once = (LOGITS / vocab).max(1);
+        for (part, targets) in targets.chunks(at_once).enumerate() {
             let logits: Vec<Vec<f32>> = decoders
                 .iter()
                 .zip(&hidden)
                 .map(|(decoder, hidden)| {
                     let width = decoder.config().hidden_size;
-                    let rows: Vec<f32> = targets
-                        .iter()
-                        .flat_map(|at| hidden[(at - 1) * width..at * width].iter().copied())
-                        .collect();
-                    decoder.logits(&rows)
+                    let hidden = &hidden[part * at_once * width..][..targets.len() * width];
+                    decoder.logits(hidden)
                 })
                 .collect();
             let pool = &decoders[0].cpu().pool;
             out.extend(pool.map(targets.len(), |i| {
-                let at = targets[i];
                 let logits: Vec<&[f32]> = logits
                     .iter()
                     .map(|logits| &logits[i * vocab..(i + 1) * vocab])
                     .collect();
-                let target = chunk[at / protocol.window][at % protocol.window];
-                row(&logits, target as usize)
+                row(&logits, targets[i] as usize)
             }));
         }
     }

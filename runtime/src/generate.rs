@@ -44,20 +44,17 @@ pub fn generate(
         "a prompt has at least one token"
     );
     let mut running: Vec<usize> = (0..requests.len()).collect();
-    let hidden_size = decoder.config().hidden_size;
     for _ in 0..max_tokens {
         if running.is_empty() {
             break;
         }
         let inputs: Vec<&[u32]> = next.iter().map(Vec::as_slice).collect();
-        let hidden = decoder.forward(&inputs, Some(&mut caches))?;
-        let mut last = Vec::with_capacity(running.len() * hidden_size);
-        let mut end = 0;
-        for input in &inputs {
-            end += input.len();
-            last.extend_from_slice(&hidden[(end - 1) * hidden_size..end * hidden_size]);
-        }
-        let logits = decoder.logits(&last);
+        let last: Vec<_> = inputs
+            .iter()
+            .map(|input| input.len() - 1..input.len())
+            .collect();
+        let hidden = decoder.forward_for(&inputs, Some(&mut caches), &last)?;
+        let logits = decoder.logits(&hidden);
         let vocab = decoder.config().vocab_size;
         let mut keep = Vec::with_capacity(running.len());
         for (&sequence, logits) in running.iter().zip(logits.chunks_exact(vocab)) {

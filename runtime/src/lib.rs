@@ -10,6 +10,7 @@
 //! activations. Everything between the linears is the same on all, and so is the promise of [`kernels`]: the same bits for every instruction set, number of threads and batch.
 
 mod attention;
+mod batch;
 mod block;
 pub mod config;
 mod cpu;

@@ -176,7 +176,7 @@ pub fn walk(
         for sublayer in Sublayer::ALL {
             walker.sublayer(&mut block, sublayer, passes, &mut out)?;
         }
-        finite(&walker.stream.x, index, walker.stream.hidden)?;
+        finite(&walker.stream.x, index, walker.stream.hidden, |row| row)?;
         sink(index, out).map_err(RuntimeError::Pass)?;
         for kind in LinearKind::ALL {
             parts.model.release(&weight_name(index, kind));

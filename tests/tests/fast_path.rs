@@ -70,6 +70,36 @@ fn in_a_batch(decoder: &Decoder<'_>, sequences: &[&[u32]]) -> Vec<Vec<u32>> {
         .collect()
 }
 
+/// The stream of some tokens alone is that of the whole, and leaves the same behind in the caches.
+fn check_wanted(decoder: &Decoder<'_>, sequences: &[&[u32]], what: &str) {
+    let hidden = decoder.config().hidden_size;
+    let wanted: Vec<_> = sequences
+        .iter()
+        .enumerate()
+        .map(|(at, tokens)| tokens.len() / 2..tokens.len() - at)
+        .collect();
+    let mut caches: Vec<_> = sequences.iter().map(|_| decoder.cache(0)).collect();
+    let mut other = caches.clone();
+    for step in 0..2 {
+        let whole = decoder
+            .forward(sequences, Some(&mut caches))
+            .expect("known ids");
+        let some = decoder
+            .forward_for(sequences, Some(&mut other), &wanted)
+            .expect("known ids");
+        let (mut expected, mut first) = (Vec::new(), 0);
+        for (tokens, wanted) in sequences.iter().zip(&wanted) {
+            let rows = (first + wanted.start) * hidden..(first + wanted.end) * hidden;
+            expected.extend(bits(&whole[rows]));
+            first += tokens.len();
+        }
+        assert!(
+            bits(&some) == expected,
+            "{what}: wanted tokens, step {step}"
+        );
+    }
+}
+
 #[test]
 fn every_family_has_the_same_logits_everywhere() {
     let lab = Lab::new(env!("CARGO_BIN_EXE_qbin-under-test"));
@@ -109,6 +139,7 @@ fn every_family_has_the_same_logits_everywhere() {
                     }
                     let batch = in_a_batch(decoder, &[&other, &tokens, &other[..5]]);
                     assert!(batch[1] == *expected, "{what}: in a batch");
+                    check_wanted(decoder, &[&other, &tokens, &other[..5]], &what);
                 });
             }
         }

@@ -253,16 +253,11 @@ impl<'a> Sequences<'a> {
             .iter()
             .map(|tokens| &tokens[positions.clone()])
             .collect();
-        let hidden = self.decoder.forward(&inputs, Some(&mut self.caches))?;
+        let last = vec![positions.len() - 1..positions.len(); inputs.len()];
+        let caches = Some(self.caches.as_mut_slice());
+        let hidden = self.decoder.forward_for(&inputs, caches, &last)?;
         let config = self.decoder.config();
-        let rows = hidden.chunks_exact(config.hidden_size);
-        let last: Vec<f32> = rows
-            .skip(positions.len() - 1)
-            .step_by(positions.len())
-            .flatten()
-            .copied()
-            .collect();
-        let logits = self.decoder.logits(&last);
+        let logits = self.decoder.logits(&hidden);
         let logits = logits.chunks_exact(config.vocab_size);
         Ok(logits.map(|logits| self.sampler.choose(logits)).collect())
     }

@@ -1,7 +1,7 @@
 //! The arithmetic of a benchmark: from seconds to speeds, from speeds to shares of limits and to cost.
 
 use qbin_format::{Model, Weight};
-use qbin_runtime::spec::{self, EMBEDDING, HEAD, Role};
+use qbin_runtime::spec::{self, EMBEDDING, HEAD, LinearKind, Role};
 use qbin_runtime::{ModelConfig, kernels::limits::Limits};
 use serde::Serialize;
 
@@ -43,6 +43,8 @@ pub(crate) struct Work {
     pub(crate) weight_bytes: u64,
     /// Elements of the blocks' linears.
     block_elements: u64,
+    /// Elements of the last block's linears behind its keys and values: only the last token of a prompt needs them.
+    last_elements: u64,
     /// Elements of the head.
     head_elements: u64,
     /// Bytes of keys and values of a position in one block.
@@ -69,6 +71,13 @@ impl Work {
             .iter()
             .filter(|spec| matches!(spec.role, Role::Linear { .. }))
             .collect();
+        let of_last = |spec: &&&spec::TensorSpec| match spec.role {
+            Role::Linear { block, kind } => {
+                block + 1 == config.num_blocks && !matches!(kind, LinearKind::K | LinearKind::V)
+            }
+            _ => false,
+        };
+        let last: Vec<_> = linears.iter().filter(of_last).copied().collect();
         let head = match model.weight(HEAD) {
             Some(_) => HEAD,
             None => EMBEDDING,
@@ -76,6 +85,7 @@ impl Work {
         Self {
             weight_bytes: stored(head) + blocks.iter().map(|spec| stored(&spec.name)).sum::<u64>(),
             block_elements: elements(&linears),
+            last_elements: elements(&last),
             head_elements: (config.vocab_size * config.hidden_size) as u64,
             position_bytes: (2 * config.kv_dim() * size_of::<f32>()) as u64,
             windows: config.sliding_window.clone(),
@@ -85,7 +95,8 @@ impl Work {
     /// Operations (a multiplication and an addition are two) of the linears for `sequences` prompts of `tokens`
     /// tokens, with logits of the last token of each.
     pub(crate) fn prompt_operations(&self, sequences: usize, tokens: usize) -> f64 {
-        let per_sequence = tokens as u64 * self.block_elements + self.head_elements;
+        let once = self.last_elements + self.head_elements;
+        let per_sequence = tokens as u64 * (self.block_elements - self.last_elements) + once;
         2.0 * sequences as f64 * per_sequence as f64
     }
 
@@ -147,11 +158,15 @@ mod tests {
         let work = Work {
             weight_bytes: 1000,
             block_elements: 100,
+            last_elements: 40,
             head_elements: 7,
             position_bytes: 10,
             windows: vec![None, Some(4)],
         };
-        assert_eq!(work.prompt_operations(3, 5), 2.0 * 3.0 * 507.0);
+        assert_eq!(
+            work.prompt_operations(3, 5),
+            2.0 * 3.0 * (5.0 * 60.0 + 40.0 + 7.0)
+        );
         assert_eq!(work.cache_bytes(6), 120);
         // Behind 2 positions the two steps see 3 and 4; behind 3, where the window cuts, 4 and 5 or 4 and 4.
         assert_eq!(work.step_bytes(1, 2, 2), 1000.0 + 10.0 * (7.0 + 7.0) / 2.0);
