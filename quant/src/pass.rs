@@ -190,7 +190,7 @@ impl<'a> QuantPass<'a> {
                 refine_sweeps: self.recipe.refine,
                 ..GptqParams::new(first)
             };
-            let input = input.expect("the walk observes a site before it is rewritten");
+            let mut input = input.expect("the walk observes a site before it is rewritten");
             let metric = self.zeros.map(|_| input.metric());
             let factor = Factor::new(input, &params)?;
             for (kind, grid) in now {
@@ -234,9 +234,9 @@ impl<'a> QuantPass<'a> {
         site: Site,
         out: &mut Rewritten,
     ) -> Result<(), PassError> {
-        let moments = self.moments.remove(&site);
-        let metric = moments.as_ref().map(Moments::metric);
-        let importance = moments.map(|moments| {
+        let mut moments = self.moments.remove(&site);
+        let metric = moments.as_mut().map(Moments::metric);
+        let importance = moments.map(|mut moments| {
             moments
                 .square_mean()
                 .iter()
