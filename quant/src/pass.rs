@@ -5,6 +5,7 @@ use crate::recipe::{Fate, Method, QuantRecipe};
 use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, Survivors, awq, rtn};
 use qbin_format::TensorReport;
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, linears, weight_name};
+use qbin_runtime::times::{Stage, Times};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
 use qbin_runtime::{Block, Matrix, ModelConfig, Side, Sublayer};
 use rayon::prelude::*;
@@ -85,6 +86,7 @@ pub struct QuantPass<'a> {
     zeros: Option<&'a dyn Zeros>,
     fates: BTreeMap<(usize, LinearKind), Fate>,
     moments: BTreeMap<Site, Moments>,
+    times: Times,
 }
 
 impl<'a> QuantPass<'a> {
@@ -103,6 +105,7 @@ impl<'a> QuantPass<'a> {
             zeros: None,
             fates,
             moments: BTreeMap::new(),
+            times: Times::default(),
         })
     }
 
@@ -111,6 +114,11 @@ impl<'a> QuantPass<'a> {
     #[must_use]
     pub fn holding(self, zeros: Option<&'a dyn Zeros>) -> Self {
         Self { zeros, ..self }
+    }
+
+    /// How long the stages of GPTQ have taken so far.
+    pub fn times(&self) -> Times {
+        self.times
     }
 
     /// What becomes of a linear.
@@ -192,7 +200,9 @@ impl<'a> QuantPass<'a> {
             };
             let mut input = input.expect("the walk observes a site before it is rewritten");
             let metric = self.zeros.map(|_| input.metric());
-            let factor = Factor::new(input, &params)?;
+            let factor = self
+                .times
+                .of(Stage::Factor, || Factor::new(input, &params))?;
             for (kind, grid) in now {
                 let linear = block.linear_mut(kind);
                 let rows = linear.rows;
@@ -210,7 +220,7 @@ impl<'a> QuantPass<'a> {
                     metric,
                 });
                 let done = factor
-                    .quantize_survivors(weight, rows, &grid, survivors.as_ref())
+                    .quantize_timed(weight, rows, &grid, survivors.as_ref(), &mut self.times)
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
                 let (tensor, mut report) = gptq_tensor(done, self.recipe.damp);
