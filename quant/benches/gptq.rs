@@ -2,6 +2,7 @@
 //!
 //! INT4 in groups of 128 with zero points; 65536 tokens, of which one slab of 2048 is measured and multiplied. Sites by
 //! name measure those only: `cargo bench -p qbin-quant -- down`.
+#![allow(clippy::print_stdout)] // The table is what it is run for.
 
 use std::hint::black_box;
 use std::time::Instant;

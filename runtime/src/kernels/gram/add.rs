@@ -69,15 +69,8 @@ impl<'a> Addend<'a> {
         let slab = self.slab;
         let mut sums: Sums = [[0; WIDTH]; WIDTH];
         for (right, tiles) in (start..last).zip(tiles) {
-            let next = if right + 1 < last {
-                slab.panel(right + 1)
-            } else {
-                &[]
-            };
-            let mut ahead = next.chunks(next.len().div_ceil(ROWS).max(1));
             for (left, tile) in (first..last).zip(tiles).skip(right.saturating_sub(first)) {
-                let ahead = ahead.next().unwrap_or_default();
-                tile::products(isa, slab.panel(left), slab.panel(right), ahead, &mut sums);
+                tile::products(isa, slab.panel(left), slab.panel(right), &mut sums);
                 isa.run(AddSums {
                     slab,
                     left,

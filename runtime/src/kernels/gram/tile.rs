@@ -6,41 +6,29 @@ use crate::kernels::isa::{Isa, Level, Vectorized};
 pub(super) const WIDTH: usize = 32;
 /// Rows computed at once.
 const ROWS: usize = 8;
-/// Quads of tokens read again for each part of the rows: two panels of this depth fit the first cache.
-const DEPTH: usize = 112;
-
-/// Words of a cache line.
-const LINE: usize = 16;
+/// Quads of tokens read again for each part of the rows: 64 KiB of each panel, long enough for the hardware to fetch ahead,
+/// which is faster than less that would stay in the first cache.
+const DEPTH: usize = 512;
 
 /// One panel's code words of four tokens.
 type Words = [u32; WIDTH];
 /// The sums of two panels.
 pub(super) type Sums = [[i32; WIDTH]; WIDTH];
 
-/// `Σ (left + 128)·right` for all codes of two panels (`[quads][WIDTH]`); `ahead` is fetched into the second cache
-/// meanwhile.
-pub(super) fn products(isa: Isa, left: &[u32], right: &[u32], ahead: &[u32], sums: &mut Sums) {
+/// `Σ (left + 128)·right` for all codes of two panels (`[quads][WIDTH]`).
+pub(super) fn products(isa: Isa, left: &[u32], right: &[u32], sums: &mut Sums) {
     let ((left, rest), (right, other)) = (left.as_chunks(), right.as_chunks());
     assert!(
         left.len() == right.len() && rest.is_empty() && other.is_empty(),
         "panels of the same tokens"
     );
     *sums = [[0; WIDTH]; WIDTH];
-    let mut ahead = ahead.chunks(
-        LINE * ahead
-            .len()
-            .div_ceil(LINE)
-            .div_ceil((WIDTH / ROWS) * left.len().div_ceil(DEPTH))
-            .max(1),
-    );
     for (left, right) in left.chunks(DEPTH).zip(right.chunks(DEPTH)) {
         for (part, sums) in sums.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-            let ahead = ahead.next().unwrap_or_default();
             match isa.level() {
                 // SAFETY: an `Isa` of this level exists only where detection found these features.
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx512 | Level::Amx => unsafe {
-                    x86::fetch(ahead);
                     x86::avx512(left, right, part * ROWS, sums)
                 },
                 // SAFETY: as above.
@@ -91,16 +79,7 @@ impl Vectorized for Portable<'_> {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{LINE, ROWS, WIDTH, Words};
-
-    /// Starts to fetch `words` into the second cache.
-    #[inline]
-    pub(super) fn fetch(words: &[u32]) {
-        for line in words.chunks(LINE) {
-            // SAFETY: a prefetch reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-        }
-    }
+    use super::{ROWS, WIDTH, Words};
 
     /// # Safety
     /// The CPU has AVX-512F and VNNI.
