@@ -1,7 +1,7 @@
 //! Stages of GPTQ on one block of the 1B shape, on one thread, without forward passes: `cargo bench -p qbin-quant`.
 //!
-//! INT4 in groups of 128 with zero points; 65536 tokens, of which one slab of 2048 is measured and multiplied. Sites by
-//! name measure those only: `cargo bench -p qbin-quant -- down`.
+//! INT4 in groups of 128 with zero points; 65536 tokens, of which 8192 are measured and multiplied. Sites by name limit
+//! it to those: `cargo bench -p qbin-quant -- down`.
 #![allow(clippy::print_stdout)] // The table is what it is run for.
 
 use std::hint::black_box;
@@ -9,12 +9,14 @@ use std::time::Instant;
 
 use qbin_quant::{Factor, GptqParams, Granularity, Grid, Moments, ScaleSearch};
 
-/// Tokens that share a rounding step in [`Moments`].
-const SLAB: usize = 2048;
-/// Slabs of 128 windows of 512 tokens.
-const SLABS: usize = 32;
-/// Measurements of a slab, of which the best counts.
-const REPEAT: usize = 3;
+/// Tokens of a batch of a walk.
+const BATCH: usize = 2048;
+/// Batches measured at once: [`Moments`] sums so many together.
+const TOGETHER: usize = 4;
+/// Batches of 128 windows of 512 tokens.
+const BATCHES: usize = 32;
+/// Measurements, of which the best counts.
+const REPEAT: usize = 2;
 
 /// Linears that share their inputs.
 struct Site {
@@ -73,14 +75,19 @@ fn seconds<T>(work: impl FnOnce() -> T) -> (T, f64) {
 fn measure(site: &Site) -> [f64; STAGES.len()] {
     let n = site.features;
     let mut moments = Moments::new(n);
-    let mut slab = f64::INFINITY;
-    // As many different slabs as a regular Hessian needs.
-    for seed in 0..REPEAT.max(n / SLAB + 1) {
-        let x = values(SLAB * n, seed as u64);
-        let (added, time) = seconds(|| moments.add(black_box(&x)));
-        added.expect("finite");
-        slab = slab.min(time);
+    let mut best = f64::INFINITY;
+    for repeat in 0..REPEAT {
+        // As many different tokens as a regular Hessian needs.
+        let batch = |i| values(BATCH * n, (TOGETHER * repeat + i) as u64);
+        let batches: [Vec<f32>; TOGETHER] = std::array::from_fn(batch);
+        let (_, time) = seconds(|| {
+            for x in &batches {
+                moments.add(black_box(x)).expect("finite");
+            }
+        });
+        best = best.min(time);
     }
+    let hessian = best * (BATCHES / TOGETHER) as f64;
     let grid = Grid {
         bits: 4,
         symmetric: false,
@@ -94,7 +101,7 @@ fn measure(site: &Site) -> [f64; STAGES.len()] {
     };
     let copy = moments.clone();
     let (factor, time) = seconds(|| Factor::new(copy, &plain));
-    let mut stages = [slab * SLABS as f64, time, 0.0, 0.0, 0.0];
+    let mut stages = [hessian, time, 0.0, 0.0, 0.0];
     let factor = factor.expect("valid");
     let refining = Factor::new(moments, &params).expect("valid");
     let unsearched = Grid {
