@@ -91,7 +91,7 @@ impl BlockPass for MeasurePass<'_> {
                 sublayer,
                 side,
             };
-            let moments = self.moments.remove(&site).expect("observed");
+            let mut moments = self.moments.remove(&site).expect("observed");
             let metric = moments.metric();
             let factor = (self.recipe.method == PruneMethod::SparseGpt)
                 .then(|| factor(self.recipe, moments, self.recipe.sparsity))

@@ -212,7 +212,7 @@ impl BlockPass for PrunePass<'_> {
             .filter_map(|&kind| Some((kind, self.sparsity(site.block, kind)?)))
             .collect();
         let mut moments = self.moments.remove(&site);
-        let metric = moments.as_ref().map(Moments::metric);
+        let metric = moments.as_mut().map(Moments::metric);
         // Linears with the same runs share one factorization.
         while let Some(&(_, first)) = targets.first() {
             let (now, later): (Vec<_>, Vec<_>) = targets

@@ -69,7 +69,7 @@ impl Layer {
     }
 
     fn metric(&self) -> Metric {
-        self.moments.metric()
+        self.moments.clone().metric()
     }
 
     /// By every method, plain and refined.
@@ -90,7 +90,11 @@ impl Layer {
             ),
             (
                 "wanda",
-                kept(wanda(&self.weight, &self.moments.square_mean(), sparsity)),
+                kept(wanda(
+                    &self.weight,
+                    &self.moments.clone().square_mean(),
+                    sparsity,
+                )),
             ),
         ];
         for (name, act_order) in [

@@ -1,6 +1,7 @@
 //! GPTQ: rounds column by column and lets the later columns make up for the error so far.
 
 use qbin_format::QuantizedMatrix;
+use qbin_runtime::times::{Stage, Times};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +10,7 @@ pub use crate::factor::Factor;
 use crate::grid::Grid;
 use crate::hessian::{Metric, Moments};
 use crate::refine::refine;
-use crate::rtn::{Parts, check_weight, rtn};
+use crate::rtn::{Panel, Parts, check_weight, rtn};
 use crate::sweep::{Sweep, Tally};
 
 /// The order in which columns are rounded.
@@ -159,6 +160,18 @@ impl Factor {
         grid: &Grid,
         survivors: Option<&Survivors<'_>>,
     ) -> Result<Gptq, QuantError> {
+        self.quantize_timed(weight, rows, grid, survivors, &mut Times::default())
+    }
+
+    /// [`Factor::quantize_survivors`], with the time of its stages added to `times`.
+    pub(crate) fn quantize_timed(
+        &self,
+        weight: &[f32],
+        rows: usize,
+        grid: &Grid,
+        survivors: Option<&Survivors<'_>>,
+        times: &mut Times,
+    ) -> Result<Gptq, QuantError> {
         let cols = self.n();
         assert!(
             self.fits(grid),
@@ -193,32 +206,8 @@ impl Factor {
             return Ok(Gptq { quantized, report });
         }
 
-        let height = if rows < 2048 { 32 } else { 128 };
-        let importance: Vec<f32> = self.root.iter().map(|root| root * root).collect();
         let mut out = Parts::new(rows, cols, grid);
-        let panels = (
-            out.par_panels(height),
-            weight.par_chunks(height * cols),
-            start.par_chunks(height * cols),
-        );
-        let tallies: Vec<Tally> = panels
-            .into_par_iter()
-            .enumerate()
-            .map(|(panel, (mut out, weight, start))| {
-                let zeros = zeros.map(|zeros| &zeros[panel * height * cols..][..weight.len()]);
-                let mut tally = Sweep::new(self, grid, &importance, start, zeros, &mut out).run();
-                if self.refine_sweeps > 0 {
-                    let sweeps = self.refine_sweeps;
-                    let gain = refine(&self.curvature, grid, weight, zeros, &mut out, sweeps);
-                    tally.loss -= gain.loss;
-                    tally.error = gain.error;
-                }
-                tally
-            })
-            .collect();
-        // In the order of the panels, so that the sums are the same for every number of threads.
-        let mut total = Tally::default();
-        tallies.iter().for_each(|tally| total.add(tally));
+        let total = self.round(weight, start, zeros, grid, &mut out, times);
         report.clipped = total.clipped;
         let quantized = out.finish();
         report.relative_error = match survivors {
@@ -229,6 +218,52 @@ impl Factor {
             None => self.relative_error(weight, &total),
         };
         Ok(Gptq { quantized, report })
+    }
+
+    /// Sweeps over the rows from `start`, and refines them against `weight`.
+    fn round(
+        &self,
+        weight: &[f32],
+        start: &[f32],
+        zeros: Option<&[bool]>,
+        grid: &Grid,
+        out: &mut Parts,
+        times: &mut Times,
+    ) -> Tally {
+        let height = if weight.len() / self.n() < 2048 {
+            32
+        } else {
+            128
+        };
+        let len = height * self.n();
+        let zeros = |panel: usize, weight: &[f32]| -> Option<&[bool]> {
+            Some(&zeros?[panel * len..][..weight.len()])
+        };
+        let importance: Vec<f32> = self.root.iter().map(|root| root * root).collect();
+        let mut tallies: Vec<Tally> = times.of(Stage::Sweep, || {
+            let panels = (out.par_panels(height), start.par_chunks(len)).into_par_iter();
+            let sweep = |(panel, (mut out, start)): (usize, (Panel<'_>, &[f32]))| {
+                let zeros = zeros(panel, start);
+                Sweep::new(self, grid, &importance, start, zeros, &mut out).run()
+            };
+            panels.enumerate().map(sweep).collect()
+        });
+        if self.refine_sweeps > 0 {
+            times.of(Stage::Refine, || {
+                let panels = (out.par_panels(height), weight.par_chunks(len), &mut tallies);
+                let panels = panels.into_par_iter().enumerate();
+                panels.for_each(|(panel, (mut out, weight, tally))| {
+                    let (zeros, sweeps) = (zeros(panel, weight), self.refine_sweeps);
+                    let gain = refine(&self.curvature, grid, weight, zeros, &mut out, sweeps);
+                    tally.loss -= gain.loss;
+                    tally.error = gain.error;
+                });
+            });
+        }
+        // In the order of the panels, so that the sums are the same for every number of threads.
+        let mut total = Tally::default();
+        tallies.iter().for_each(|tally| total.add(tally));
+        total
     }
 
     /// Of the sums of a sweep over `weight`, the damping taken out of both sides again.

@@ -2,7 +2,7 @@
 
 use qbin_runtime::kernels::Isa;
 use qbin_runtime::kernels::gemm::{Store, View, product};
-use qbin_runtime::kernels::gram::Slab;
+use qbin_runtime::kernels::gram::{self, Slab};
 use rayon::prelude::*;
 
 use crate::error::QuantError;
@@ -10,6 +10,8 @@ use crate::scan::position;
 
 /// Tokens that share a feature's rounding step.
 const SLAB: usize = 2048;
+/// Slabs whose moments are summed together: the sums, `n²` numbers, are then read and written less often.
+const PENDING: usize = 4;
 /// The most features whose moments are summed in f64 instead, which then costs next to nothing.
 const EXACT_FEATURES: usize = 256;
 /// The largest magnitude of an input.
@@ -19,8 +21,8 @@ const PANEL_ROWS: usize = 64;
 
 /// Sums over the calibration tokens `x` that one linear saw.
 ///
-/// One `n × n` f64 buffer, `n` the number of input features. Feed real tokens only: padding counts as
-/// evidence too.
+/// One `n × n` f64 buffer, `n` the number of input features, and while tokens come in up to four slabs of 2048 of
+/// them as int8. Feed real tokens only: padding counts as evidence too.
 ///
 /// The second moments are those of the inputs rounded to int8, feature by feature with a step of 1/127 of the
 /// feature's largest magnitude among 2048 tokens: exact integer sums, about four times as fast as f32, and positive
@@ -30,8 +32,9 @@ const PANEL_ROWS: usize = 64;
 pub struct Moments {
     n: usize,
     tokens: u64,
-    /// `Σ x·xᵀ`, row major; valid for column ≤ row.
+    /// `Σ x·xᵀ` but for the pending slabs, row major; valid for column ≤ row.
     second: Vec<f64>,
+    pending: Vec<Slab>,
     abs_sum: Vec<f64>,
 }
 
@@ -42,6 +45,7 @@ impl Moments {
             n,
             tokens: 0,
             second: vec![0.0; n * n],
+            pending: Vec::new(),
             abs_sum: vec![0.0; n],
         }
     }
@@ -62,7 +66,8 @@ impl Moments {
     }
 
     /// Mean of `x²` per input feature; zeros before the first token.
-    pub fn square_mean(&self) -> Vec<f64> {
+    pub fn square_mean(&mut self) -> Vec<f64> {
+        self.settle();
         (0..self.n)
             .map(|i| self.second[i * self.n + i] / self.count())
             .collect()
@@ -93,13 +98,22 @@ impl Moments {
                 continue;
             }
             let slab = Slab::new(isa, slab, n);
-            slab.add_to(isa, &mut self.second);
             for (sum, part) in self.abs_sum.iter_mut().zip(slab.abs_sums()) {
                 *sum += part;
+            }
+            self.pending.push(slab);
+            if self.pending.len() == PENDING {
+                self.settle();
             }
         }
         self.tokens += (x.len() / n) as u64;
         Ok(())
+    }
+
+    /// Adds what is pending to the sums.
+    fn settle(&mut self) {
+        gram::add(Isa::detect(), &self.pending, &mut self.second);
+        self.pending.clear();
     }
 
     fn add_exact(&mut self, isa: Isa, x: &[f32]) {
@@ -124,6 +138,7 @@ impl Moments {
             s.iter().all(|&s| s > 0.0 && s.is_finite()),
             "factors are positive"
         );
+        self.settle();
         self.second
             .par_chunks_mut(self.n)
             .enumerate()
@@ -139,6 +154,7 @@ impl Moments {
 
     /// The mean of `2·x·xᵀ` over tokens, in the same buffer; zeros where no token was seen.
     pub fn finish(mut self) -> Hessian {
+        self.settle();
         let factor = 2.0 / self.count();
         self.second
             .par_iter_mut()
@@ -151,7 +167,8 @@ impl Moments {
     }
 
     /// The mean of `x·xᵀ` in f32, for repeated products.
-    pub fn metric(&self) -> Metric {
+    pub fn metric(&mut self) -> Metric {
+        self.settle();
         let n = self.n;
         let mut values = vec![0f32; n * n];
         values.par_chunks_mut(n).enumerate().for_each(|(row, out)| {

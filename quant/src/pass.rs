@@ -1,17 +1,18 @@
 //! The quantization pass of a walk: which statistics a method needs, and what it does to a block.
 
+mod folds;
+
 use crate::hessian::relative_error;
 use crate::recipe::{Fate, Method, QuantRecipe};
 use crate::{Factor, Gptq, GptqParams, Grid, Metric, Moments, QuantError, Survivors, awq, rtn};
+use folds::producer;
 use qbin_format::TensorReport;
 use qbin_runtime::spec::{LinearKind, bias_name, block_tensor, linears, weight_name};
+use qbin_runtime::times::{Stage, Times};
 use qbin_runtime::walk::{BlockPass, NewTensor, PassError, Rewritten, Site, Stream};
 use qbin_runtime::{Block, Matrix, ModelConfig, Side, Sublayer};
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// Tokens on which AWQ measures what a scale does to the output of a whole sublayer.
-const SEARCH_TOKENS: usize = 8192;
 /// Ratios AWQ tries.
 const N_GRID: usize = 20;
 /// The most AWQ clips off a group's range.
@@ -85,6 +86,7 @@ pub struct QuantPass<'a> {
     zeros: Option<&'a dyn Zeros>,
     fates: BTreeMap<(usize, LinearKind), Fate>,
     moments: BTreeMap<Site, Moments>,
+    times: Times,
 }
 
 impl<'a> QuantPass<'a> {
@@ -103,6 +105,7 @@ impl<'a> QuantPass<'a> {
             zeros: None,
             fates,
             moments: BTreeMap::new(),
+            times: Times::default(),
         })
     }
 
@@ -111,6 +114,11 @@ impl<'a> QuantPass<'a> {
     #[must_use]
     pub fn holding(self, zeros: Option<&'a dyn Zeros>) -> Self {
         Self { zeros, ..self }
+    }
+
+    /// How long the stages of GPTQ have taken so far.
+    pub fn times(&self) -> Times {
+        self.times
     }
 
     /// What becomes of a linear.
@@ -146,21 +154,6 @@ impl<'a> QuantPass<'a> {
             .any(|&kind| self.grid(site.block, kind).is_some())
     }
 
-    /// All readers of the norm must take up the scale; a linear that stays as stored cannot.
-    fn folds_norm(&self, block: usize, sublayer: Sublayer) -> bool {
-        let readers = LinearKind::at(sublayer, Side::Inner);
-        self.recipe.method == Method::Awq
-            && readers.iter().all(|&kind| self.grid(block, kind).is_some())
-    }
-
-    fn folds_producer(&self, block: usize, sublayer: Sublayer) -> bool {
-        let reader = LinearKind::at(sublayer, Side::Outer)[0];
-        self.recipe.method == Method::Awq
-            && [reader, producer(sublayer)]
-                .iter()
-                .all(|&kind| self.grid(block, kind).is_some())
-    }
-
     /// Quantizes the linears of a site by error feedback; they share one factorization for each kind of grid.
     fn rewrite_gptq(
         &mut self,
@@ -190,9 +183,11 @@ impl<'a> QuantPass<'a> {
                 refine_sweeps: self.recipe.refine,
                 ..GptqParams::new(first)
             };
-            let input = input.expect("the walk observes a site before it is rewritten");
+            let mut input = input.expect("the walk observes a site before it is rewritten");
             let metric = self.zeros.map(|_| input.metric());
-            let factor = Factor::new(input, &params)?;
+            let factor = self
+                .times
+                .of(Stage::Factor, || Factor::new(input, &params))?;
             for (kind, grid) in now {
                 let linear = block.linear_mut(kind);
                 let rows = linear.rows;
@@ -210,7 +205,7 @@ impl<'a> QuantPass<'a> {
                     metric,
                 });
                 let done = factor
-                    .quantize_survivors(weight, rows, &grid, survivors.as_ref())
+                    .quantize_timed(weight, rows, &grid, survivors.as_ref(), &mut self.times)
                     .map_err(|error| error.in_tensor(&name))?;
                 linear.weight = Matrix::Owned(done.quantized.dequantize());
                 let (tensor, mut report) = gptq_tensor(done, self.recipe.damp);
@@ -234,9 +229,9 @@ impl<'a> QuantPass<'a> {
         site: Site,
         out: &mut Rewritten,
     ) -> Result<(), PassError> {
-        let moments = self.moments.remove(&site);
-        let metric = moments.as_ref().map(Moments::metric);
-        let importance = moments.map(|moments| {
+        let mut moments = self.moments.remove(&site);
+        let metric = moments.as_mut().map(Moments::metric);
+        let importance = moments.map(|mut moments| {
             moments
                 .square_mean()
                 .iter()
@@ -305,42 +300,7 @@ impl BlockPass for QuantPass<'_> {
         stream: &Stream,
         out: &mut Rewritten,
     ) -> Result<(), PassError> {
-        let index = block.index;
-        let sample = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let target = block.output(sublayer, &sample, stream.window_tokens);
-        if self.folds_norm(index, sublayer) {
-            let site = Site {
-                block: index,
-                sublayer,
-                side: Side::Inner,
-            };
-            let scales =
-                self.search_inner(block, sublayer, &sample, &target, stream.window_tokens)?;
-            for &kind in site.linears() {
-                awq::scale_columns(block.linear_mut(kind).own()?, &scales);
-            }
-            awq::divide_vector(&mut block.norms[sublayer as usize], &scales, 0.0);
-            self.moments
-                .get_mut(&site)
-                .expect("observed")
-                .scaled(&scales);
-            let name = block_tensor(index, sublayer.norm_name());
-            out.insert(
-                name,
-                (
-                    NewTensor::Dense(block.norms[sublayer as usize].clone()),
-                    TensorReport::default(),
-                ),
-            );
-        }
-        if self.folds_producer(index, sublayer) {
-            self.fold_producer(block, sublayer, out)?;
-        }
-        // Before anything is rounded, the folds must have changed nothing.
-        let normed = block.normed(sublayer, &stream.sample(SEARCH_TOKENS));
-        let folded = block.output(sublayer, &normed, stream.window_tokens);
-        identical(index, sublayer, &target, &folded)?;
-        Ok(())
+        self.fold(block, sublayer, stream, out)
     }
 
     fn rewrite(
@@ -353,114 +313,6 @@ impl BlockPass for QuantPass<'_> {
             Method::Gptq => self.rewrite_gptq(block, site, out),
             Method::Rtn | Method::Awq => self.rewrite_nearest(block, site, out),
         }
-    }
-}
-
-/// AWQ's searches and folds over one sublayer.
-impl QuantPass<'_> {
-    /// The channel scales under which the sublayer's output on `sample` changes least.
-    fn search_inner(
-        &self,
-        block: &mut Block<'_>,
-        sublayer: Sublayer,
-        sample: &[f32],
-        target: &[f32],
-        window_tokens: usize,
-    ) -> Result<Vec<f32>, PassError> {
-        let site = Site {
-            block: block.index,
-            sublayer,
-            side: Side::Inner,
-        };
-        let mut original = Vec::new();
-        for &kind in site.linears() {
-            original.push(block.linear_mut(kind).own()?.clone());
-        }
-        let mut best: Option<(f64, Vec<f32>)> = None;
-        for scales in awq::scale_candidates(&self.moments[&site].abs_mean(), N_GRID) {
-            for (&kind, weight) in site.linears().iter().zip(&original) {
-                let grid = *self
-                    .grid(site.block, kind)
-                    .expect("all readers are on a grid");
-                let linear = block.linear_mut(kind);
-                linear.weight = Matrix::Owned(awq::rounded(
-                    weight,
-                    linear.rows,
-                    linear.cols,
-                    &scales,
-                    &grid,
-                )?);
-            }
-            let output = block.output(sublayer, sample, window_tokens);
-            let loss = squared_distance(target, &output);
-            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
-                best = Some((loss, scales));
-            }
-        }
-        for (&kind, weight) in site.linears().iter().zip(original) {
-            block.linear_mut(kind).weight = Matrix::Owned(weight);
-        }
-        Ok(best.expect("the identity is a candidate").1)
-    }
-
-    /// Scales the outer linear's columns and divides the rows of what makes its input.
-    fn fold_producer(
-        &mut self,
-        block: &mut Block<'_>,
-        sublayer: Sublayer,
-        out: &mut Rewritten,
-    ) -> Result<(), PassError> {
-        let site = Site {
-            block: block.index,
-            sublayer,
-            side: Side::Outer,
-        };
-        let (reader, producer) = (site.linears()[0], producer(sublayer));
-        let grid = *self
-            .grid(site.block, reader)
-            .expect("the reader is on a grid");
-        let moments = self.moments.get_mut(&site).expect("observed");
-        let (heads, kv_heads) = (self.config.num_heads, self.config.num_kv_heads);
-        let mut means = moments.abs_mean();
-        if sublayer == Sublayer::Attention {
-            means = awq::gqa_mean(&means, heads, kv_heads);
-        }
-        let metric = moments.metric();
-        let linear = block.linear_mut(reader);
-        let (rows, cols) = (linear.rows, linear.cols);
-        let weight = linear.own()?;
-        let mut best: Option<(f64, Vec<f32>)> = None;
-        for scales in awq::scale_candidates(&means, N_GRID) {
-            let loss = awq::quadratic_loss(weight, rows, cols, &metric, &scales, &grid)?;
-            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
-                best = Some((loss, scales));
-            }
-        }
-        let (_, scales) = best.expect("the identity is a candidate");
-        awq::scale_columns(weight, &scales);
-        moments.scaled(&scales);
-        let rows_of = match sublayer {
-            Sublayer::Attention => awq::gqa_producer_scales(&scales, heads, kv_heads),
-            Sublayer::Mlp => scales,
-        };
-        let linear = block.linear_mut(producer);
-        awq::divide_rows(linear.own()?, &rows_of);
-        if let Some(bias) = &mut linear.bias {
-            awq::divide_vector(bias, &rows_of, 0.0);
-            out.insert(
-                bias_name(site.block, producer),
-                (NewTensor::Dense(bias.clone()), TensorReport::default()),
-            );
-        }
-        Ok(())
-    }
-}
-
-/// The linear whose output channels are the outer linear's input channels.
-fn producer(sublayer: Sublayer) -> LinearKind {
-    match sublayer {
-        Sublayer::Attention => LinearKind::V,
-        Sublayer::Mlp => LinearKind::Up,
     }
 }
 
@@ -487,49 +339,3 @@ fn gptq_tensor(done: Gptq, asked_damp: f64) -> (NewTensor, TensorReport) {
     };
     (NewTensor::Quantized(done.quantized), report)
 }
-
-fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
-    // Fixed chunks, summed in order: the same for every number of threads.
-    let part = |(a, b): (&[f32], &[f32])| {
-        a.iter()
-            .zip(b)
-            .map(|(a, b)| f64::from(a - b).powi(2))
-            .sum::<f64>()
-    };
-    let parts: Vec<f64> = a
-        .par_chunks(4096)
-        .zip(b.par_chunks(4096))
-        .map(part)
-        .collect();
-    parts.iter().sum()
-}
-
-/// A fold multiplies and divides by the same factor, so outputs differ by rounding only: a few ε for each
-/// of the two products, relative to the largest output.
-fn identical(
-    block: usize,
-    sublayer: Sublayer,
-    before: &[f32],
-    after: &[f32],
-) -> Result<(), QuantError> {
-    let largest = before.iter().fold(0f32, |m, v| m.max(v.abs()));
-    let difference = before
-        .iter()
-        .zip(after)
-        .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
-    let tolerance = FOLD_EPSILONS * f32::EPSILON * largest;
-    // Phrased so that NaN fails.
-    if difference <= tolerance {
-        Ok(())
-    } else {
-        Err(QuantError::FoldNotIdentity {
-            block,
-            sublayer: format!("{sublayer:?}"),
-            difference,
-            tolerance,
-        })
-    }
-}
-
-/// Rounding errors of a fold in units of ε of the largest output: sums of thousands of terms, each off by an ε.
-const FOLD_EPSILONS: f32 = 512.0;

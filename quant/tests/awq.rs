@@ -73,7 +73,7 @@ fn loss_is_the_one_of_the_definition() {
     let mut random = Random(2);
     let x = activations(&mut random, 150, cols);
     let weight = random.normals(rows * cols, 0.1);
-    let moments = moments(&x, cols);
+    let mut moments = moments(&x, cols);
     let metric = moments.metric();
     for grid in grids() {
         for scales in scale_candidates(&moments.abs_mean(), 4) {
@@ -97,7 +97,7 @@ fn scaling_helps_where_few_channels_are_large() {
     let mut x = activations(&mut random, 200, cols);
     x.chunks_mut(cols).for_each(|token| token[9] *= 50.0);
     let weight = random.normals(rows * cols, 0.1);
-    let moments = moments(&x, cols);
+    let mut moments = moments(&x, cols);
     let metric = moments.metric();
     for grid in [
         grid(4, false, Granularity::Group(32)),
@@ -119,7 +119,7 @@ fn clipping_is_never_worse_and_helps_on_outliers() {
     let x = activations(&mut random, 150, cols);
     let mut weight = random.normals(rows * cols, 0.1);
     weight.iter_mut().step_by(37).for_each(|w| *w *= 5.0);
-    let moments = moments(&x, cols);
+    let mut moments = moments(&x, cols);
     let metric = moments.metric();
     for grid in grids() {
         let clip = search_clip(&weight, rows, cols, &metric, &grid, 20, 0.5).unwrap();

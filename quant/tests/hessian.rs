@@ -37,7 +37,7 @@ fn means_are_those_of_the_definition() {
         for part in x.chunks(n * tokens.div_ceil(3)) {
             parts.add(part).unwrap();
         }
-        for got in [moments(&x, n), parts] {
+        for mut got in [moments(&x, n), parts] {
             assert_eq!((got.n(), got.tokens()), (n, tokens as u64));
             for (mean, sum) in got.abs_mean().iter().zip(&abs) {
                 let expected = sum / tokens as f64;

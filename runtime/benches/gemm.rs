@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use qbin_runtime::kernels::gemm::{Element, Rounded, Store, View, product, product_rounded};
-use qbin_runtime::kernels::gram::Slab;
+use qbin_runtime::kernels::gram::{self, Slab};
 use qbin_runtime::kernels::{Isa, Pool};
 
 /// Rows, depth and columns: a slab of tokens through a panel of weights, a square, and the feedback of a sweep.
@@ -82,7 +82,8 @@ fn moments(c: &mut Criterion) {
             group.bench_function(format!("{tokens}x{features}/{}", isa.level()), |b| {
                 b.iter(|| {
                     pool.install(|| {
-                        Slab::new(isa, black_box(&x), features).add_to(isa, &mut second);
+                        let slab = Slab::new(isa, black_box(&x), features);
+                        gram::add(isa, &[slab], &mut second);
                     });
                 });
             });

@@ -25,6 +25,7 @@ mod math;
 mod rope;
 mod sampler;
 pub mod spec;
+pub mod times;
 pub mod walk;
 
 pub use block::{Block, Side, Sublayer};

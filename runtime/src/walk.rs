@@ -9,6 +9,7 @@
 
 use crate::decoder::{Parts, finite};
 use crate::spec::{EMBEDDING, LinearKind, weight_name};
+use crate::times::{Stage, Times};
 use crate::{Block, Cpu, Path, RuntimeError, Side, Sublayer};
 use qbin_format::QuantizedMatrix;
 use qbin_format::TensorReport;
@@ -140,7 +141,8 @@ pub struct Progress {
 }
 
 /// Runs `passes` over every block. `ids` is `[windows, window_tokens]`, row major; it may be empty when
-/// no pass observes anything. `sink` takes each block's new tensors as soon as they are final.
+/// no pass observes anything. `sink` takes each block's new tensors as soon as they are final. Returns how long the
+/// stages took that the walk knows.
 ///
 /// # Errors
 /// Whatever the model, a pass or the sink reports.
@@ -154,10 +156,11 @@ pub fn walk(
     passes: &mut [&mut dyn BlockPass],
     sink: &mut dyn FnMut(usize, Rewritten) -> Result<(), PassError>,
     progress: &mut dyn FnMut(Progress),
-) -> Result<(), RuntimeError> {
+) -> Result<Times, RuntimeError> {
     let mut walker = Walker {
         parts,
         cpu: parts.cpu.with_path(Path::Bf16),
+        times: Times::default(),
         stream: embed(parts, ids, window_tokens)?,
         done: 0,
         total: 0,
@@ -177,12 +180,13 @@ pub fn walk(
             walker.sublayer(&mut block, sublayer, passes, &mut out)?;
         }
         finite(&walker.stream.x, index, walker.stream.hidden, |row| row)?;
-        sink(index, out).map_err(RuntimeError::Pass)?;
+        let written = walker.times.of(Stage::Write, || sink(index, out));
+        written.map_err(RuntimeError::Pass)?;
         for kind in LinearKind::ALL {
             parts.model.release(&weight_name(index, kind));
         }
     }
-    Ok(())
+    Ok(walker.times)
 }
 
 fn embed(parts: &Parts<'_>, ids: &[u32], window_tokens: usize) -> Result<Stream, RuntimeError> {
@@ -203,6 +207,7 @@ struct Walker<'a, 'p> {
     parts: &'a Parts<'a>,
     /// What the calibration windows run on. Passes compare outputs that differ little, on the path they were given.
     cpu: Cpu,
+    times: Times,
     stream: Stream,
     done: u64,
     total: u64,
@@ -221,8 +226,10 @@ impl Walker<'_, '_> {
         for pass in passes.iter_mut() {
             if pass.prepares(block.index, sublayer) {
                 self.observe(block, sublayer, &Side::ALL, *pass)?;
-                pass.prepare(block, sublayer, &self.stream, out)
-                    .map_err(RuntimeError::Pass)?;
+                let stream = &self.stream;
+                let prepare = || pass.prepare(block, sublayer, stream, out);
+                let prepared = self.times.of(Stage::Rewrite, prepare);
+                prepared.map_err(RuntimeError::Pass)?;
             }
         }
         for side in Side::ALL {
@@ -235,7 +242,9 @@ impl Walker<'_, '_> {
                 if pass.wants(site) {
                     self.observe(block, sublayer, &[side], *pass)?;
                 }
-                pass.rewrite(block, site, out).map_err(RuntimeError::Pass)?;
+                let rewrite = || pass.rewrite(block, site, out);
+                let rewritten = self.times.of(Stage::Rewrite, rewrite);
+                rewritten.map_err(RuntimeError::Pass)?;
                 self.tick(rewrite_work(self.parts, site));
             }
         }
@@ -259,18 +268,23 @@ impl Walker<'_, '_> {
         for start in (0..self.stream.x.len()).step_by(len) {
             let batch = &self.stream.x[start..(start + len).min(self.stream.x.len())];
             let tokens = batch.len() / self.stream.hidden;
-            let normed = block.normed(sublayer, batch);
+            let normed = self
+                .times
+                .of(Stage::Forward, || block.normed(sublayer, batch));
             for &side in sides {
                 let site = Site {
                     block: block.index,
                     sublayer,
                     side,
                 };
+                let mixed = || block.mixed(&self.cpu, sublayer, &normed, window_tokens);
                 let inputs = match side {
                     Side::Inner => &normed,
-                    Side::Outer => &block.mixed(&self.cpu, sublayer, &normed, window_tokens),
+                    Side::Outer => &self.times.of(Stage::Forward, mixed),
                 };
-                pass.observe(site, inputs).map_err(RuntimeError::Pass)?;
+                let observe = || pass.observe(site, inputs);
+                let observed = self.times.of(Stage::Statistics, observe);
+                observed.map_err(RuntimeError::Pass)?;
                 self.tick_tokens(site, tokens);
             }
         }
@@ -283,9 +297,11 @@ impl Walker<'_, '_> {
         for start in (0..self.stream.x.len()).step_by(len) {
             let end = (start + len).min(self.stream.x.len());
             let batch = &mut self.stream.x[start..end];
-            let normed = block.normed(sublayer, batch);
-            let mixed = block.mixed(&self.cpu, sublayer, &normed, window_tokens);
-            block.add_outer(&self.cpu, sublayer, &mixed, batch);
+            self.times.of(Stage::Forward, || {
+                let normed = block.normed(sublayer, batch);
+                let mixed = block.mixed(&self.cpu, sublayer, &normed, window_tokens);
+                block.add_outer(&self.cpu, sublayer, &mixed, batch);
+            });
             let tokens = (end - start) / self.stream.hidden;
             for side in Side::ALL {
                 self.tick_tokens(

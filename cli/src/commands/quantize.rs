@@ -19,6 +19,7 @@ use qbin_format::{
 use qbin_quant::{Found, Grid, QuantPass, WEIGHTS_ALONE, Zeros, rtn};
 use qbin_runtime::Parts;
 use qbin_runtime::spec::{EMBEDDING, HEAD};
+use qbin_runtime::times::Times;
 use qbin_runtime::walk::{self, BlockPass, NewTensor, PassError, Rewritten};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -39,6 +40,7 @@ struct Summary {
     source_bytes: u64,
     ratio: f64,
     seconds: f64,
+    stages: Times,
     peak_rss_bytes: Option<u64>,
     activation_bytes: u64,
     relative_error_mean: Option<f64>,
@@ -96,7 +98,7 @@ pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<E
         reports: BTreeMap::new(),
         show,
     };
-    job.walk(&parts, &recipe, windows.as_ref())?;
+    let stages = job.walk(&parts, &recipe, windows.as_ref())?;
     if let Some(grid) = head_grid(recipe.head, &parts.config) {
         job.head(&model, &parts, &grid)?;
     }
@@ -108,6 +110,7 @@ pub(crate) fn run(args: &QuantizeArgs, machine: Machine, show: Show) -> Result<E
     let summary = job.finish(plan, &recipe)?;
     let summary = Summary {
         seconds: start.elapsed().as_secs_f64(),
+        stages,
         peak_rss_bytes: Resident::read().peak_bytes,
         activation_bytes,
         ..summary
@@ -125,13 +128,13 @@ struct Job {
 }
 
 impl Job {
-    /// Runs the recipe's passes over the blocks and writes what they make.
+    /// Runs the recipe's passes over the blocks, writes what they make, and tells how long its stages took.
     fn walk(
         &mut self,
         parts: &Parts<'_>,
         recipe: &Recipe,
         windows: Option<&Windows>,
-    ) -> Result<(), CliError> {
+    ) -> Result<Times, CliError> {
         let pass = |recipe| prune::pass(recipe, parts, windows, self.show);
         let (joint, before): (Vec<_>, Vec<_>) = recipe.prune.iter().partition(|prune| prune.joint);
         let joint = joint.into_iter().map(pass).next().transpose()?;
@@ -166,9 +169,10 @@ impl Job {
                 &format!("block {} of {blocks}{error}", at.block + 1),
             );
         };
-        walk::walk(parts, ids, window_tokens, &mut passes, &mut sink, &mut tick)?;
+        let mut times = walk::walk(parts, ids, window_tokens, &mut passes, &mut sink, &mut tick)?;
         progress.into_inner().finish();
-        Ok(())
+        times.add(quant.times());
+        Ok(times)
     }
 
     fn write(&mut self, new: Rewritten) -> Result<(), PassError> {
@@ -295,6 +299,7 @@ impl Job {
             source_bytes,
             ratio: source_bytes as f64 / written.bytes as f64,
             seconds: 0.0,
+            stages: Times::default(),
             peak_rss_bytes: None,
             activation_bytes: 0,
             relative_error_mean: (!errors.is_empty())
@@ -308,6 +313,28 @@ impl Job {
             sha256: written.sha256,
             groups,
         })
+    }
+}
+
+/// The stages of the walk that took any time worth showing, in seconds.
+fn stages(times: &Times) -> String {
+    let rewriting = times.rewrite - times.factor - times.sweep - times.refine;
+    let stages = [
+        ("forward", times.forward),
+        ("statistics", times.statistics),
+        ("factorization", times.factor),
+        ("sweep", times.sweep),
+        ("refinement", times.refine),
+        ("other changes of weights", rewriting),
+        ("writing", times.write),
+    ];
+    let shown = stages.iter().filter(|(_, seconds)| *seconds >= 0.05);
+    let parts: Vec<String> = shown
+        .map(|(name, seconds)| format!("{name} {seconds:.1} s"))
+        .collect();
+    match parts.is_empty() {
+        true => "all below 0.1 s".into(),
+        false => parts.join(", "),
     }
 }
 
@@ -333,6 +360,7 @@ fn describe(summary: &Summary, output: &Path) -> String {
             format!("{:.3}", summary.bits_per_parameter),
         ),
         row("time", format!("{:.1} s", summary.seconds)),
+        row("  stages", stages(&summary.stages)),
     ];
     if let Some(mean) = summary.relative_error_mean {
         rows.insert(3, row("relative error, mean", format!("{mean:.2e}")));

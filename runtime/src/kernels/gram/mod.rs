@@ -8,6 +8,7 @@
 //! all others: their products are added in f64, element by element in a fixed order. At most one token of thirty-two
 //! is treated so, the most extreme ones.
 
+mod add;
 mod massive;
 mod round;
 mod tile;
@@ -15,19 +16,18 @@ mod tile;
 use super::gemm::{Store, View, product};
 use super::isa::{Isa, Vectorized};
 use rayon::prelude::*;
-use round::{LARGEST, PanelRounding};
+use round::{LARGEST, PANELS, Rounding};
 use tile::{Sums, WIDTH};
+
+pub use add::add;
 
 /// Tokens of the bytes of one code word.
 const QUAD: usize = 4;
-/// Panels of rows that share each panel of columns read: together they stay in a 1 MiB second cache.
-const SHARING: usize = 4;
-/// Panels of columns whose sums are added together: a row of the result is then touched in long runs.
-const RUN: usize = 8;
 /// The most tokens of a slab: their sums of products of codes fit 32 bits (`255·127·65536 < 2³¹`).
 const MOST_TOKENS: usize = 1 << 16;
 
 /// A slab of tokens, rounded feature by feature.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Slab {
     features: usize,
     /// Code words of a panel of features.
@@ -86,19 +86,19 @@ impl Slab {
     fn round(&mut self, isa: Isa, x: &[f32]) {
         let features = self.features;
         (
-            self.words.par_chunks_mut(self.panel_len),
-            self.scales.par_chunks_mut(WIDTH),
-            self.sums.par_chunks_mut(WIDTH),
-            self.abs_sums.par_chunks_mut(WIDTH),
-            self.square_sums.par_chunks_mut(WIDTH),
+            self.words.par_chunks_mut(PANELS * self.panel_len),
+            self.scales.par_chunks_mut(PANELS * WIDTH),
+            self.sums.par_chunks_mut(PANELS * WIDTH),
+            self.abs_sums.par_chunks_mut(PANELS * WIDTH),
+            self.square_sums.par_chunks_mut(PANELS * WIDTH),
         )
             .into_par_iter()
             .enumerate()
-            .for_each(|(panel, (words, scales, sums, abs_sums, square_sums))| {
-                isa.run(PanelRounding {
+            .for_each(|(task, (words, scales, sums, abs_sums, square_sums))| {
+                isa.run(Rounding {
                     x,
                     features,
-                    first: panel * WIDTH,
+                    first: task * PANELS * WIDTH,
                     words,
                     scales,
                     sums,
@@ -140,7 +140,7 @@ impl Slab {
                 for token in massive {
                     rest[token * width..][..width].fill(0.0);
                 }
-                isa.run(PanelRounding {
+                isa.run(Rounding {
                     x: &rest,
                     features: width,
                     first: 0,
@@ -162,51 +162,6 @@ impl Slab {
     /// `Σ x²` over the tokens, `[features]`, before rounding.
     pub fn square_sums(&self) -> &[f64] {
         &self.square_sums[..self.features]
-    }
-
-    /// Adds `Σ x·xᵀ` to `second` (`[features, features]`, row major), columns at and before each row's own only.
-    ///
-    /// # Panics
-    /// If `second` has another shape.
-    pub fn add_to(&self, isa: Isa, second: &mut [f64]) {
-        let n = self.features;
-        assert_eq!(second.len(), n * n, "second is not [features, features]");
-        if self.words.is_empty() {
-            return;
-        }
-        let massive: Vec<f64> = self.massive.iter().map(|&x| f64::from(x)).collect();
-        let massive = View::row_major(&massive, massive.len() / n, n);
-        // The lower rows are longer and come first, so that the last tasks are short.
-        second
-            .par_chunks_mut(SHARING * WIDTH * n)
-            .enumerate()
-            .rev()
-            .for_each(|(task, rows)| self.add_rows(isa, task * SHARING, massive, rows));
-    }
-
-    /// The rows from panel `first` on; `massive` are the tokens kept whole.
-    fn add_rows(&self, isa: Isa, first: usize, massive: View<'_, f64>, rows: &mut [f64]) {
-        let n = self.features;
-        let last = first + (rows.len() / n).div_ceil(WIDTH);
-        let mut sums = vec![[[0; WIDTH]; WIDTH]; RUN];
-        for start in (0..last).step_by(RUN) {
-            for (left, rows) in (first..last).zip(rows.chunks_mut(WIDTH * n)) {
-                let sums = &mut sums[..(left + 1).saturating_sub(start).min(RUN)];
-                for (right, sums) in (start..).zip(&mut *sums) {
-                    tile::products(isa, self.panel(left), self.panel(right), sums);
-                }
-                isa.run(AddTiles {
-                    slab: self,
-                    left,
-                    start,
-                    sums,
-                    rows,
-                });
-                if massive.rows() > 0 {
-                    add_massive(isa, massive, left * WIDTH, start * WIDTH, rows);
-                }
-            }
-        }
     }
 
     /// `Σ x·M·xᵀ` over the tokens for a symmetric `m` (`[features, features]`). The squares on the diagonal of `Σ xᵀ·x`
@@ -269,65 +224,6 @@ impl Slab {
 
     fn panel(&self, panel: usize) -> &[u32] {
         &self.words[panel * self.panel_len..][..self.panel_len]
-    }
-}
-
-/// Adds the massive tokens' products to the columns `start .. start + RUN · WIDTH`, at and before each row's own, of the
-/// rows (`[rows, features]`) of the features from `first` on.
-fn add_massive(isa: Isa, massive: View<'_, f64>, first: usize, start: usize, rows: &mut [f64]) {
-    let (tokens, n) = (massive.rows(), massive.cols());
-    let height = rows.len() / n;
-    let width = (first + height).saturating_sub(start).min(RUN * WIDTH);
-    if width == 0 {
-        return;
-    }
-    let left = massive.submatrix(0, first, tokens, height).transpose();
-    let right = massive.submatrix(0, start, tokens, width);
-    let mut products = vec![0.0; height * width];
-    product(isa, &mut products, width, Store::Replace, left, right);
-    let rows = rows.chunks_mut(n).zip(products.chunks(width));
-    for (at, (row, products)) in rows.enumerate() {
-        let values = row[..=first + at].iter_mut().skip(start);
-        values
-            .zip(products)
-            .for_each(|(value, product)| *value += product);
-    }
-}
-
-/// Adds the sums of panel `left` and those from `start` on to the rows of panel `left`, row by row; the left codes
-/// carry 128 too much.
-struct AddTiles<'a> {
-    slab: &'a Slab,
-    left: usize,
-    start: usize,
-    sums: &'a [Sums],
-    /// `[rows of the panel, features]`.
-    rows: &'a mut [f64],
-}
-
-impl Vectorized for AddTiles<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let slab = self.slab;
-        let first = self.start * WIDTH;
-        let width = self.sums.len() * WIDTH;
-        let others = slab.scales[first..][..width].as_chunks::<WIDTH>().0;
-        let codes = slab.sums[first..][..width].as_chunks::<WIDTH>().0;
-        for (at, row) in self.rows.chunks_mut(slab.features).enumerate() {
-            let feature = self.left * WIDTH + at;
-            let scale = f64::from(slab.scales[feature]);
-            let row = &mut row[..=feature];
-            for (i, (others, codes)) in others.iter().zip(codes).enumerate() {
-                let sums = &self.sums[i][at];
-                let row = &mut row[first + i * WIDTH..];
-                let values = row.iter_mut().zip(sums).zip(others.iter().zip(codes));
-                for ((value, &sum), (&other, &codes)) in values {
-                    *value += scale * f64::from(other) * f64::from(sum - 128 * codes);
-                }
-            }
-        }
     }
 }
 

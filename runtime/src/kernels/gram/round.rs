@@ -1,5 +1,7 @@
 //! Rounding of inputs to int8, feature by feature.
 
+use std::ops::Range;
+
 use super::QUAD;
 use super::tile::WIDTH;
 use crate::kernels::isa::Vectorized;
@@ -11,77 +13,124 @@ const TO_INTEGER: f32 = 12_582_912.0;
 /// Flips the top bit of each byte: adds 128 to four signed codes.
 const OFFSET: u32 = 0x8080_8080;
 
-/// The features `first .. first + WIDTH` of a slab.
-pub(super) struct PanelRounding<'a> {
+/// Panels rounded together: a row of the inputs is then read in long runs.
+pub(super) const PANELS: usize = 8;
+/// Tokens copied at once, whole quads: with these panels they stay in the first cache, where in the inputs themselves
+/// rows a power of two apart drive each other out.
+const TOKENS: usize = 4 * QUAD;
+
+/// Some tokens of some panels, zeros beyond the features.
+type Piece = [[f32; PANELS * WIDTH]; TOKENS];
+
+/// The features of at most [`PANELS`] panels of a slab from `first` on.
+pub(super) struct Rounding<'a> {
     /// `[tokens, features]`.
     pub(super) x: &'a [f32],
     pub(super) features: usize,
     pub(super) first: usize,
-    /// `[quads][WIDTH]`.
+    /// `[panels][quads][WIDTH]`.
     pub(super) words: &'a mut [u32],
+    /// `[panels][WIDTH]`, as all that follow.
     pub(super) scales: &'a mut [f32],
     pub(super) sums: &'a mut [i32],
     pub(super) abs_sums: &'a mut [f64],
     pub(super) square_sums: &'a mut [f64],
 }
 
-impl Vectorized for PanelRounding<'_> {
+impl Vectorized for Rounding<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let width = WIDTH.min(self.features - self.first);
-        let token = |row: &[f32]| -> [f32; WIDTH] {
-            let row = &row[self.first..][..width];
-            match row.as_array() {
-                Some(row) => *row,
-                None => std::array::from_fn(|i| row.get(i).copied().unwrap_or(0.0)),
-            }
-        };
-        let mut largest = [0f32; WIDTH];
-        let (mut abs_sums, mut square_sums) = ([0f64; WIDTH], [0f64; WIDTH]);
-        for row in self.x.chunks_exact(self.features) {
-            let sums = abs_sums.iter_mut().zip(&mut square_sums);
-            for ((largest, (abs_sum, square_sum)), x) in
-                largest.iter_mut().zip(sums).zip(token(row))
-            {
-                *largest = largest.max(x.abs());
-                *abs_sum += f64::from(x.abs());
-                *square_sum = f64::from(x).mul_add(f64::from(x), *square_sum);
+        let mut piece: Piece = [[0.0; PANELS * WIDTH]; TOKENS];
+        let width = (PANELS * WIDTH).min(self.features - self.first);
+        let columns = self.first..self.first + width;
+        let largest = self.scales.as_chunks_mut::<WIDTH>().0;
+        let abs_sums = self.abs_sums.as_chunks_mut::<WIDTH>().0;
+        let square_sums = self.square_sums.as_chunks_mut::<WIDTH>().0;
+        largest.fill([0.0; WIDTH]);
+        for rows in self.x.chunks(TOKENS * self.features) {
+            let tokens = copy(rows, self.features, columns.clone(), &mut piece);
+            let sums = abs_sums.iter_mut().zip(&mut *square_sums);
+            for (panel, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
+                measure(&piece[..tokens], panel, largest, sums);
             }
         }
-        // Of zeros, and of values too small to matter in any sum, the code is zero.
-        let inverse = largest.map(|largest| {
-            let inverse = LARGEST / largest;
-            if inverse.is_finite() { inverse } else { 0.0 }
-        });
-        let mut sums = [0i32; WIDTH];
-        for (rows, words) in self
-            .x
-            .chunks(QUAD * self.features)
-            .zip(self.words.chunks_exact_mut(WIDTH))
-        {
-            let mut quad = [0u32; WIDTH];
-            for (i, row) in rows.chunks_exact(self.features).enumerate() {
-                for (((word, sum), x), &inverse) in
-                    quad.iter_mut().zip(&mut sums).zip(token(row)).zip(&inverse)
-                {
-                    let code = (x * inverse + TO_INTEGER).to_bits();
-                    *word |= (code & 0xff) << (8 * i);
-                    *sum += i32::from(code as i8);
-                }
-            }
-            for (word, code) in words.iter_mut().zip(quad) {
-                *word = code ^ OFFSET;
+        let sums = self.sums.as_chunks_mut::<WIDTH>().0;
+        sums.fill([0; WIDTH]);
+        let quads = self.words.len() / WIDTH / largest.len();
+        let words = self.words.as_chunks_mut::<WIDTH>().0;
+        for (at, rows) in self.x.chunks(TOKENS * self.features).enumerate() {
+            let tokens = copy(rows, self.features, columns.clone(), &mut piece);
+            for (panel, (largest, sums)) in largest.iter().zip(&mut *sums).enumerate() {
+                let words = &mut words[panel * quads..][..quads][at * TOKENS / QUAD..];
+                encode(&piece[..tokens], panel, largest, words, sums);
             }
         }
-        self.sums.copy_from_slice(&sums);
-        self.abs_sums.copy_from_slice(&abs_sums);
-        self.square_sums.copy_from_slice(&square_sums);
-        for (scale, largest) in self.scales.iter_mut().zip(largest) {
-            *scale = largest / LARGEST;
+        for scale in largest.as_flattened_mut() {
+            *scale /= LARGEST;
         }
     }
+}
+
+/// Copies the `columns` of some tokens (`[tokens, features]`), and counts the tokens.
+#[inline(always)]
+fn copy(rows: &[f32], features: usize, columns: Range<usize>, piece: &mut Piece) -> usize {
+    for (copy, row) in piece.iter_mut().zip(rows.chunks_exact(features)) {
+        copy[..columns.len()].copy_from_slice(&row[columns.clone()]);
+    }
+    rows.len() / features
+}
+
+/// Takes some tokens of a panel into its largest magnitudes, and sums of magnitudes and squares.
+#[inline(always)]
+fn measure(
+    tokens: &[[f32; PANELS * WIDTH]],
+    panel: usize,
+    largest: &mut [f32; WIDTH],
+    (abs_sums, square_sums): (&mut [f64; WIDTH], &mut [f64; WIDTH]),
+) {
+    let (mut most, mut abs, mut square) = (*largest, *abs_sums, *square_sums);
+    for token in tokens {
+        let x = &token.as_chunks::<WIDTH>().0[panel];
+        for i in 0..WIDTH {
+            most[i] = most[i].max(x[i].abs());
+            abs[i] += f64::from(x[i].abs());
+            square[i] = f64::from(x[i]).mul_add(f64::from(x[i]), square[i]);
+        }
+    }
+    (*largest, *abs_sums, *square_sums) = (most, abs, square);
+}
+
+/// Writes the code words of some tokens of a panel, and adds the codes to its sums.
+#[inline(always)]
+fn encode(
+    tokens: &[[f32; PANELS * WIDTH]],
+    panel: usize,
+    largest: &[f32; WIDTH],
+    words: &mut [[u32; WIDTH]],
+    sums: &mut [i32; WIDTH],
+) {
+    let mut inverse = [0f32; WIDTH];
+    for (inverse, largest) in inverse.iter_mut().zip(largest) {
+        // Of zeros, and of values too small to matter in any sum, the code is zero.
+        let exact = LARGEST / largest;
+        *inverse = if exact.is_finite() { exact } else { 0.0 };
+    }
+    let mut total = *sums;
+    for (tokens, words) in tokens.chunks(QUAD).zip(words) {
+        let mut quad = [OFFSET; WIDTH];
+        for (at, token) in tokens.iter().enumerate() {
+            let x = &token.as_chunks::<WIDTH>().0[panel];
+            for i in 0..WIDTH {
+                let code = (x[i] * inverse[i] + TO_INTEGER).to_bits();
+                quad[i] ^= (code & 0xff) << (8 * at);
+                total[i] += i32::from(code as i8);
+            }
+        }
+        *words = quad;
+    }
+    *sums = total;
 }
 
 /// Sets the codes of `tokens` in one panel's `words` to zero, and takes them from its `sums`.

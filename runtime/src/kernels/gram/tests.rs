@@ -26,7 +26,7 @@ fn inputs(tokens: usize, features: usize) -> Vec<f32> {
 
 fn moments(isa: Isa, x: &[f32], features: usize) -> Vec<f64> {
     let mut second = vec![0.0; features * features];
-    Slab::new(isa, x, features).add_to(isa, &mut second);
+    add(isa, &[Slab::new(isa, x, features)], &mut second);
     second
 }
 
@@ -103,9 +103,8 @@ fn slabs_add_up() {
     let x = inputs(tokens, features);
     let isa = Isa::detect();
     let mut twice = vec![0.0; features * features];
-    for _ in 0..2 {
-        Slab::new(isa, &x, features).add_to(isa, &mut twice);
-    }
+    let slabs = [&x, &x].map(|x| Slab::new(isa, x, features));
+    add(isa, &slabs, &mut twice);
     let once = moments(isa, &x, features);
     let doubled: Vec<f64> = once.iter().map(|value| 2.0 * value).collect();
     assert_eq!(twice, doubled);
@@ -116,6 +115,27 @@ fn slabs_add_up() {
         .sum();
     assert_eq!(Slab::new(isa, &x, features).abs_sums()[0], exact);
     assert_eq!(moments(isa, &[], features), vec![0.0; features * features]);
+}
+
+#[test]
+fn slabs_added_together_give_the_same_bits_as_one_by_one() {
+    // Beyond a block of the matrix in both directions; the third slab ends within a quad, the fourth is empty.
+    let features = 290;
+    let isa = Isa::detect();
+    let slabs = [
+        Slab::new(isa, &inputs(40, features), features),
+        Slab::new(isa, &inputs_with(&[9, 31], 64, features), features),
+        Slab::new(isa, &inputs(37, features), features),
+        Slab::new(isa, &[], features),
+    ];
+    assert!(!slabs[1].massive.is_empty());
+    let mut one_by_one = vec![0.5; features * features];
+    let mut together = one_by_one.clone();
+    for slab in &slabs {
+        add(isa, std::slice::from_ref(slab), &mut one_by_one);
+    }
+    add(isa, &slabs, &mut together);
+    assert_eq!(together, one_by_one);
 }
 
 #[test]

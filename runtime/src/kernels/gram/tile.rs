@@ -6,8 +6,9 @@ use crate::kernels::isa::{Isa, Level, Vectorized};
 pub(super) const WIDTH: usize = 32;
 /// Rows computed at once.
 const ROWS: usize = 8;
-/// Quads of tokens read again for each part of the rows: two panels of this depth fit the first cache.
-const DEPTH: usize = 112;
+/// Quads of tokens read again for each part of the rows: 64 KiB of each panel, long enough for the hardware to fetch ahead,
+/// which is faster than less that would stay in the first cache.
+const DEPTH: usize = 512;
 
 /// One panel's code words of four tokens.
 type Words = [u32; WIDTH];
