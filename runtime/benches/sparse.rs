@@ -1,4 +1,4 @@
-//! Products of sparse weights against dense ones, one token, with weights beyond all caches.
+//! Products of sparse weights against dense ones, one token, with weights beyond most caches (33 to 69 MB).
 //!
 //! The throughput counts weights, so that encodings can be compared: dense INT4 takes 4.125 bits of each, a bitmask of
 //! half of them 3.14, two of four 2.875 (INT8: 8.125, 5.14, 4.875).
