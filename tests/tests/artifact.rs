@@ -47,6 +47,16 @@ fn check(lab: &Lab, input: &str, recipe: &str, calib: &str) -> (Value, Value) {
             .as_f64()
             .is_some_and(|seconds| seconds > 0.0)
     );
+    let stage = |name: &str| summary["stages"][name].as_f64().unwrap_or(f64::NAN);
+    let stages = ["forward", "statistics", "rewrite", "write"].map(stage);
+    assert!(
+        stages.iter().all(|&seconds| seconds >= 0.0)
+            && stages.iter().sum::<f64>() <= summary["seconds"].as_f64().unwrap_or(f64::NAN)
+            && stage("write") > 0.0
+            && (!recipe.contains("gptq") || stage("statistics") > 0.0),
+        "{recipe}: {}",
+        summary["stages"]
+    );
     assert!(
         summary["peak_rss_bytes"]
             .as_u64()
