@@ -273,7 +273,8 @@ pub(crate) struct RunArgs {
     /// Put the prompt as a user's message through the model's chat template.
     #[arg(long)]
     pub(crate) chat: bool,
-    /// Arithmetic of the linears: `reference` (dequantized, f32), `bf16` (the same rounded to bf16) or `fast` (packed weights, int8 activations).
+    /// Arithmetic of the linears: `reference` (dequantized, f32), `bf16` (the same rounded to bf16) or `fast` (packed
+    /// weights, int8 activations).
     #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
     pub(crate) path: Path,
     /// Most tokens to generate.
@@ -317,7 +318,8 @@ pub(crate) struct BenchArgs {
     /// Sequences at the same time; a list, for example `1,4`.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = positive)]
     pub(crate) batch: Vec<usize>,
-    /// Arithmetic of the linears: `reference` (dequantized, f32), `bf16` (the same rounded to bf16) or `fast` (packed weights, int8 activations).
+    /// Arithmetic of the linears: `reference` (dequantized, f32), `bf16` (the same rounded to bf16) or `fast` (packed
+    /// weights, int8 activations).
     #[arg(long, value_name = "PATH", default_value_t = Path::Fast)]
     pub(crate) path: Path,
     /// Measurements of each figure, after one that does not count.

@@ -30,39 +30,56 @@ fn moments(isa: Isa, x: &[f32], features: usize) -> Vec<f64> {
     second
 }
 
+/// Compares moments with the definition: `massive` tokens are exact up to f64, of the others each factor is off by at most
+/// half a step of its feature.
+#[track_caller]
+fn assert_agrees(got: &[f64], x: &[f32], features: usize, massive: &[usize]) {
+    let tokens = x.len() / features;
+    let mut largest = vec![0f64; features];
+    let ordinary = x.chunks(features).enumerate();
+    for (_, row) in ordinary.filter(|(token, _)| !massive.contains(token)) {
+        for (largest, &x) in largest.iter_mut().zip(row) {
+            *largest = largest.max(x.abs().into());
+        }
+    }
+    // A little more than half, for the rounding of the scale.
+    let step = |f: usize| largest[f] / 127.0 * 0.5001;
+    let epsilon = if massive.is_empty() {
+        0.0
+    } else {
+        f64::EPSILON
+    };
+    for row in 0..features {
+        for col in 0..features {
+            let value = got[row * features + col];
+            if col > row {
+                assert_eq!(value, 0.0, "above the diagonal");
+                continue;
+            }
+            let terms = x
+                .chunks(features)
+                .map(|x| f64::from(x[row]) * f64::from(x[col]));
+            let exact: f64 = terms.clone().sum();
+            let sizes: f64 = terms.map(f64::abs).sum();
+            let tolerance = tokens as f64
+                * (step(row) * largest[col]
+                    + step(col) * largest[row]
+                    + step(row) * step(col)
+                    + epsilon * sizes);
+            assert!(
+                (value - exact).abs() <= tolerance,
+                "{row} {col}: {value} {exact} {tolerance}"
+            );
+        }
+    }
+}
+
 #[test]
 fn agrees_with_the_definition() {
     for (tokens, features) in [(1, 1), (3, 5), (64, 31), (450, 33), (901, 100), (37, 290)] {
         let x = inputs(tokens, features);
-        let largest: Vec<f64> = (0..features)
-            .map(|f| {
-                x.iter()
-                    .skip(f)
-                    .step_by(features)
-                    .fold(0f32, |m, v| m.max(v.abs()))
-                    .into()
-            })
-            .collect();
         let got = moments(Isa::detect(), &x, features);
-        for row in 0..features {
-            for col in 0..features {
-                let at = |token: usize, f: usize| f64::from(x[token * features + f]);
-                let exact: f64 = (0..tokens).map(|t| at(t, row) * at(t, col)).sum();
-                // Either factor is off by at most half a step, and a little for the rounding of the scale.
-                let step = |f: usize| largest[f] / 127.0 * 0.5001;
-                let tolerance = tokens as f64
-                    * (step(row) * largest[col] + step(col) * largest[row] + step(row) * step(col));
-                let value = got[row * features + col];
-                if col <= row {
-                    assert!(
-                        (value - exact).abs() <= tolerance,
-                        "{row} {col}: {value} {exact}"
-                    );
-                } else {
-                    assert_eq!(value, 0.0, "above the diagonal");
-                }
-            }
-        }
+        assert_agrees(&got, &x, features, &[]);
     }
 }
 
@@ -205,37 +222,8 @@ fn massive_tokens_leave_the_others_their_precision() {
         ((0..25).map(|i| 32 * i + 3).collect(), 800, 70),
     ] {
         let x = inputs_with(&massive, tokens, features);
-        let mut largest = vec![0f64; features];
-        let ordinary = x.chunks(features).enumerate();
-        for (_, row) in ordinary.filter(|(token, _)| !massive.contains(token)) {
-            for (largest, &x) in largest.iter_mut().zip(row) {
-                *largest = largest.max(x.abs().into());
-            }
-        }
         let got = moments(Isa::detect(), &x, features);
-        for row in 0..features {
-            for col in 0..features {
-                let terms = x
-                    .chunks(features)
-                    .map(|x| f64::from(x[row]) * f64::from(x[col]));
-                let exact: f64 = terms.clone().sum();
-                let sizes: f64 = terms.map(f64::abs).sum();
-                // As for the definition, of the ordinary tokens only, and a little for sums in f64.
-                let step = |f: usize| largest[f] / 127.0 * 0.5001;
-                let tolerance = tokens as f64
-                    * (step(row) * largest[col] + step(col) * largest[row] + step(row) * step(col))
-                    + tokens as f64 * f64::EPSILON * sizes;
-                let value = got[row * features + col];
-                if col <= row {
-                    assert!(
-                        (value - exact).abs() <= tolerance,
-                        "{row} {col}: {value} {exact} {tolerance}"
-                    );
-                } else {
-                    assert_eq!(value, 0.0, "above the diagonal");
-                }
-            }
-        }
+        assert_agrees(&got, &x, features, &massive);
     }
 }
 
