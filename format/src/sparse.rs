@@ -1,11 +1,12 @@
 //! Sparse encodings: which codes of a dense tile are stored, and where.
 //!
 //! A weight is zero if its code is its group's zero point. Both encodings store a mask for each quad of a tile (the
-//! 64 codes that four columns of 16 rows have, in the order of the dense 8-bit vector) and, one behind the other in
-//! the order of the mask's bits, the codes it names; every other code is a zero point. `docs/format.md` has the bytes.
+//! 64 codes that four columns of 16 rows have, in the order of the dense 8-bit vector) and the codes it names; every other
+//! code is a zero point. A bitmask's codes follow one another in the order of its bits; those of two of four have places of
+//! their own. `docs/format.md` has the bytes.
 
 use crate::QuantizedView;
-use crate::pack::{TILE_COLS, VECTOR, tile_bytes};
+use crate::pack::{TILE_COLS, TILE_ROWS, VECTOR, tile_bytes};
 use crate::quantized_view::Sparsity;
 
 /// Quads of a tile, each with its own mask.
@@ -68,8 +69,8 @@ impl Census {
     pub(crate) fn of_panel(view: &QuantizedView<'_>, panel: usize) -> Self {
         let mut streams = [0; 2];
         let mut two_of_four = true;
-        for_each_quad(view, panel, |stream, mask, _| {
-            streams[stream] += mask.count_ones() as usize;
+        for_each_quad(view, panel, |quad, mask, _| {
+            streams[stream(view.scheme.bits, quad)] += mask.count_ones() as usize;
             two_of_four &= kept_of_four(mask).is_some();
         });
         Self {
@@ -134,34 +135,53 @@ impl Encoder {
     /// Appends the panel's masks and returns its stored codes; `None` if more than two of four columns are not
     /// zero where the encoding has only two.
     pub(crate) fn panel(&mut self, view: &QuantizedView<'_>, panel: usize) -> Option<Vec<u8>> {
-        let mut streams = [Vec::new(), Vec::new()];
-        let mut fits = true;
-        let two_of_four = self.encoding == Encoding::TwoOfFour;
-        for_each_quad(view, panel, |stream, mask, quad| {
-            let kept = if two_of_four {
-                let kept = kept_of_four(mask);
-                fits &= kept.is_some();
-                let kept = kept.unwrap_or(0);
-                self.masks.extend(&compress_mask(kept).to_le_bytes()[..6]);
-                kept
-            } else {
-                self.masks.extend(mask.to_le_bytes());
-                mask
-            };
-            streams[stream].extend(set_bits(kept).map(|bit| quad[bit]));
-        });
-        if !fits {
-            return None;
+        let codes = match self.encoding {
+            Encoding::TwoOfFour => self.two_of_four(view, panel)?,
+            _ => self.bitmask(view, panel),
+        };
+        if let Some(&end) = self.offsets.last() {
+            self.offsets.push(end + codes.len() as u64);
         }
+        Some(codes)
+    }
+
+    fn bitmask(&mut self, view: &QuantizedView<'_>, panel: usize) -> Vec<u8> {
+        let bits = view.scheme.bits;
+        let mut streams = [Vec::new(), Vec::new()];
+        for_each_quad(view, panel, |quad, mask, quad_codes| {
+            self.masks.extend(mask.to_le_bytes());
+            streams[stream(bits, quad)].extend(set_bits(mask).map(|bit| quad_codes[bit]));
+        });
         let [mut codes, high] = streams;
         codes.resize(codes.len().max(high.len()), 0);
         for (code, high) in codes.iter_mut().zip(high) {
             *code |= high << 4;
         }
-        if let Some(&end) = self.offsets.last() {
-            self.offsets.push(end + codes.len() as u64);
-        }
-        Some(codes)
+        codes
+    }
+
+    fn two_of_four(&mut self, view: &QuantizedView<'_>, panel: usize) -> Option<Vec<u8>> {
+        let bits = view.scheme.bits;
+        let tiles = view.cols.div_ceil(TILE_COLS);
+        let start = self.masks.len();
+        self.masks
+            .resize(start + tiles * self.encoding.mask_bytes(), 0);
+        let masks = &mut self.masks[start..];
+        let mut codes = vec![0; tiles * tile_bytes(bits) / 2];
+        let mut fits = true;
+        for_each_quad(view, panel, |quad, mask, quad_codes| {
+            let kept = kept_of_four(mask);
+            fits &= kept.is_some();
+            let Some(kept) = kept else { return };
+            for row in 0..TILE_ROWS {
+                put_three(masks, quad, row, (kept >> (4 * row) & 7) as u8);
+            }
+            for (nth, bit) in set_bits(kept).enumerate() {
+                let (byte, shift) = place_of_two(bits, quad, nth);
+                codes[byte] |= quad_codes[bit] << shift;
+            }
+        });
+        fits.then_some(codes)
     }
 
     /// The zeros behind the last panel's codes, over which a kernel may read.
@@ -178,8 +198,7 @@ impl Encoder {
     }
 }
 
-/// Calls `each` with the stream (0, or 1 for the high nibbles), the mask of codes that are not zero, and the codes of
-/// every quad of a panel of a dense view.
+/// Calls `each` with the number, the mask of codes that are not zero, and the codes of every quad of a panel of a dense view.
 fn for_each_quad(
     view: &QuantizedView<'_>,
     panel: usize,
@@ -195,7 +214,7 @@ fn for_each_quad(
             let mask = (0..VECTOR).fold(0, |mask, bit| {
                 mask | u64::from(codes[bit] != zeros[bit]) << bit
             });
-            each(stream(bits, quad), mask, &codes);
+            each(QUADS * at + quad, mask, &codes);
         }
     }
 }
@@ -205,29 +224,35 @@ fn for_each_quad(
 /// A damaged matrix gives some codes, whatever its masks say.
 pub(crate) fn expand_panel(view: &QuantizedView<'_>, panel: usize, out: &mut [u8]) {
     let bits = view.scheme.bits;
-    let mut at = [view.panel_offset(panel); 2];
+    let start = view.panel_offset(panel);
+    // Where the next codes of a bitmask are.
+    let mut at = [start; 2];
     for (tile, out) in out.chunks_exact_mut(tile_bytes(bits)).enumerate() {
         let tiles_before = panel * view.cols.div_ceil(TILE_COLS) + tile;
         for quad in 0..QUADS {
-            let stream = stream(bits, quad);
-            let mask = match view.sparsity {
-                Sparsity::Dense => panic!("a dense matrix needs no expansion"),
-                Sparsity::Bitmask { masks, .. } => le_u64(masks, 8 * (QUADS * tiles_before + quad)),
-                Sparsity::TwoOfFour { masks } => {
-                    let vector = quad * usize::from(bits) / 8;
-                    at[stream] = tiles_before * tile_bytes(bits) / 2 + VECTOR / 2 * vector;
-                    expand_mask(le_u48(masks, 6 * (QUADS * tiles_before + quad)))
-                }
-            };
             let mut codes = zero_codes(view, panel, tile * TILE_COLS + 4 * quad);
-            for bit in set_bits(mask) {
-                let byte = view.codes.get(at[stream]).copied().unwrap_or(0);
-                at[stream] += 1;
-                codes[bit] = if bits == 8 {
-                    byte
-                } else {
-                    byte >> (4 * stream) & 15
-                };
+            let mut put = |bit: usize, byte: usize, shift: usize| {
+                let byte = view.codes.get(byte).copied().unwrap_or(0);
+                codes[bit] = byte >> shift & (0xff >> (8 - bits));
+            };
+            match view.sparsity {
+                Sparsity::Dense => panic!("a dense matrix needs no expansion"),
+                Sparsity::Bitmask { masks, .. } => {
+                    let stream = stream(bits, quad);
+                    for bit in set_bits(le_u64(masks, 8 * (QUADS * tiles_before + quad))) {
+                        put(bit, at[stream], 4 * stream);
+                        at[stream] += 1;
+                    }
+                }
+                Sparsity::TwoOfFour { masks } => {
+                    let mask = (0..TILE_ROWS).fold(0, |mask, row| {
+                        mask | four_of(three(masks, QUADS * tiles_before + quad, row)) << (4 * row)
+                    });
+                    for (nth, bit) in set_bits(mask).enumerate() {
+                        let (byte, shift) = place_of_two(bits, QUADS * tile + quad, nth);
+                        put(bit, start + byte, shift);
+                    }
+                }
             }
             put_quad(bits, out, quad, &codes);
         }
@@ -371,29 +396,51 @@ fn kept_of_four(mask: u64) -> Option<u64> {
     })
 }
 
-/// The lower three of each four bits, 48 in all: as two of four are set, the fourth is their parity.
-fn compress_mask(mask: u64) -> u64 {
-    (0..16).fold(0, |out, row| out | (mask >> (4 * row) & 7) << (3 * row))
+/// Where two of four stores code `nth` of a quad, two for each row: its byte among the panel's and its lowest bit. Two quads share
+/// 64 bytes (even quads the low nibbles, odd ones the high nibbles), so that a row's four codes are neighbours.
+fn place_of_two(bits: u8, quad: usize, nth: usize) -> (usize, usize) {
+    let stream = stream(bits, quad);
+    let nth_of_stream = if bits == 8 { quad } else { quad / 2 };
+    let in_vector = 4 * (nth / 2) + 2 * (nth_of_stream % 2) + nth % 2;
+    (VECTOR * (nth_of_stream / 2) + in_vector, 4 * stream)
 }
 
-fn expand_mask(compressed: u64) -> u64 {
-    (0..16).fold(0, |out, row| {
-        let three = compressed >> (3 * row) & 7;
-        let parity = u64::from(three.count_ones() % 2);
-        out | (three | parity << 3) << (4 * row)
+/// The first of the three bits that two of four stores of a quad's row. Eight quads have 48 bytes, six for two rows.
+fn first_of_three(quad: usize, row: usize) -> usize {
+    8 * (48 * (quad / 8) + 6 * (row / 2)) + 6 * (quad % 8) + 3 * (row % 2)
+}
+
+/// Three bits of the masks of two of four: whether a row's columns 0, 1 and 2 are stored.
+fn three(masks: &[u8], quad: usize, row: usize) -> u8 {
+    let first = first_of_three(quad, row);
+    (0..3).fold(0, |three, i| {
+        let bit = first + i;
+        three | (masks[bit / 8] >> (bit % 8) & 1) << i
+    })
+}
+
+/// Sets these three bits, which are 0.
+fn put_three(masks: &mut [u8], quad: usize, row: usize, three: u8) {
+    let first = first_of_three(quad, row);
+    for i in 0..3 {
+        let bit = first + i;
+        masks[bit / 8] |= (three >> i & 1) << (bit % 8);
+    }
+}
+
+/// The four bits of which three are stored: as two of them are set, the fourth is the parity of the others. What is no mask (none
+/// or all three) counts as columns 0 and 1.
+fn four_of(three: u8) -> u64 {
+    u64::from(match three.count_ones() {
+        1 => three | 8,
+        2 => three,
+        _ => 3,
     })
 }
 
 fn le_u64(bytes: &[u8], at: usize) -> u64 {
     let (words, _) = bytes[at..].as_chunks();
     u64::from_le_bytes(words[0])
-}
-
-fn le_u48(bytes: &[u8], at: usize) -> u64 {
-    bytes[at..at + 6]
-        .iter()
-        .rev()
-        .fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
 #[cfg(test)]
@@ -409,8 +456,10 @@ mod tests {
                 Some(kept) => {
                     assert_eq!(kept & mask, mask);
                     assert!((0..16).all(|row| (kept >> (4 * row) & 15).count_ones() == 2));
-                    assert_eq!(expand_mask(compress_mask(kept)), kept);
-                    assert!(compress_mask(kept) < 1 << 48);
+                    assert!((0..16).all(|row| {
+                        let four = kept >> (4 * row) & 15;
+                        four_of(four as u8 & 7) == four
+                    }));
                 }
             }
         }

@@ -163,7 +163,8 @@ fn the_sparse_example_has_the_bytes_of_the_document() {
     let mut expected = hex_block("text 2of4 codes (then 224 bytes 88)");
     expected.resize(expected.len() + 224, 0x88);
     assert_eq!(two_of_four.view().codes, expected);
-    let mut expected = hex_block("text 2of4 masks (then db b6 6d db b6 6d for each of 14 quads)");
-    expected.extend([0xdb, 0xb6, 0x6d, 0xdb, 0xb6, 0x6d].repeat(14));
+    let mut expected =
+        hex_block("text 2of4 masks (then db b6 6d db b6 6d for each of 15 pairs of rows)");
+    expected.extend([0xdb, 0xb6, 0x6d, 0xdb, 0xb6, 0x6d].repeat(15));
     assert_eq!(masks, expected);
 }

@@ -77,43 +77,38 @@ fn sparse_matrix(
     m
 }
 
+/// The code at a row and column of a matrix, and whether it is not zero; all padding is zero.
+fn code(m: &QuantizedMatrix, n: usize, k: usize) -> (u8, bool) {
+    let zero = zero_point(m, n, k);
+    let code = match n < m.rows && k < m.cols {
+        true => m.codes[n * m.cols + k],
+        false => zero,
+    };
+    (code, code != zero)
+}
+
 /// Codes, masks and offsets of the documented encodings, one weight at a time; `None` if they cannot hold it.
 fn slow_encode(m: &QuantizedMatrix, encoding: Encoding) -> Option<(Vec<u8>, Vec<u8>, Vec<u64>)> {
+    match encoding {
+        Encoding::TwoOfFour => slow_two_of_four(m),
+        _ => Some(slow_bitmask(m)),
+    }
+}
+
+fn slow_bitmask(m: &QuantizedMatrix) -> (Vec<u8>, Vec<u8>, Vec<u64>) {
     let (panels, tiles) = (m.rows.div_ceil(16), m.cols.div_ceil(64));
-    let tile_bytes = if m.scheme.bits == 4 { 512 } else { 1024 };
-    let code = |n: usize, k: usize| match n < m.rows && k < m.cols {
-        true => m.codes[n * m.cols + k],
-        false => zero_point(m, n, k),
-    };
     let (mut codes, mut masks, mut offsets) = (Vec::new(), Vec::new(), vec![0]);
     for p in 0..panels {
         let mut streams = [Vec::new(), Vec::new()];
         for quad in 0..tiles * 16 {
             let stream = &mut streams[if m.scheme.bits == 4 { quad % 2 } else { 0 }];
             let mut mask = 0u64;
-            for r in 0..16 {
-                let n = 16 * p + r;
-                let columns = 4 * quad..4 * quad + 4;
-                let mut kept: Vec<usize> = columns
-                    .clone()
-                    .filter(|&k| code(n, k) != zero_point(m, n, k))
-                    .collect();
-                if encoding == Encoding::TwoOfFour {
-                    let others: Vec<usize> =
-                        columns.clone().filter(|k| !kept.contains(k)).collect();
-                    let missing = 2usize.checked_sub(kept.len())?;
-                    kept.extend(&others[..missing]);
-                    kept.sort();
-                    for &k in kept.iter().filter(|&&k| k % 4 < 3) {
-                        mask |= 1 << (3 * r + k % 4);
-                    }
-                } else {
-                    kept.iter().for_each(|&k| mask |= 1 << (4 * r + k % 4));
-                }
-                stream.extend(kept.iter().map(|&k| code(n, k)));
+            for i in 0..64 {
+                let (code, kept) = code(m, 16 * p + i / 4, 4 * quad + i % 4);
+                mask |= u64::from(kept) << i;
+                stream.extend(kept.then_some(code));
             }
-            let bytes = if encoding == Encoding::Bitmask { 8 } else { 6 };
-            masks.extend(&mask.to_le_bytes()[..bytes]);
+            masks.extend(mask.to_le_bytes());
         }
         let [low, high] = streams;
         let nth = |codes: &[u8], i: usize| codes.get(i).copied().unwrap_or(0);
@@ -121,12 +116,57 @@ fn slow_encode(m: &QuantizedMatrix, encoding: Encoding) -> Option<(Vec<u8>, Vec<
         codes.extend(panel);
         offsets.push(codes.len() as u64);
     }
-    if encoding == Encoding::Bitmask {
-        codes.resize(codes.len() + tile_bytes, 0);
-    } else {
-        offsets.clear();
+    codes.resize(codes.len() + 128 * usize::from(m.scheme.bits), 0);
+    (codes, masks, offsets)
+}
+
+/// The two columns of four that are stored, and their codes.
+fn two_of(m: &QuantizedMatrix, n: usize, quad: usize) -> Option<[(usize, u8); 2]> {
+    let columns = || 0..4;
+    let kept = |&k: &usize| code(m, n, 4 * quad + k).1;
+    let mut two: Vec<usize> = columns().filter(kept).collect();
+    let missing = 2usize.checked_sub(two.len())?;
+    two.extend(columns().filter(|k| !kept(k)).take(missing));
+    two.sort();
+    Some([two[0], two[1]].map(|k| (k, code(m, n, 4 * quad + k).0)))
+}
+
+fn slow_two_of_four(m: &QuantizedMatrix) -> Option<(Vec<u8>, Vec<u8>, Vec<u64>)> {
+    let (panels, halves) = (m.rows.div_ceil(16), 2 * m.cols.div_ceil(64));
+    let (mut codes, mut masks) = (Vec::new(), Vec::new());
+    for (p, half) in (0..panels * halves).map(|at| (at / halves, 8 * (at % halves))) {
+        for rows in 0..8 {
+            let mut bits = 0u64;
+            for (i, quad) in (half..half + 8).enumerate() {
+                for row in 0..2 {
+                    let two = two_of(m, 16 * p + 2 * rows + row, quad)?;
+                    for (k, _) in two.into_iter().filter(|&(k, _)| k < 3) {
+                        bits |= 1 << (6 * i + 3 * row + k);
+                    }
+                }
+            }
+            masks.extend(&bits.to_le_bytes()[..6]);
+        }
+        let each = if m.scheme.bits == 4 { 4 } else { 2 };
+        for first in (half..half + 8).step_by(each) {
+            for n in 16 * p..16 * p + 16 {
+                let two = |quad: usize| two_of(m, n, quad).map(|two| two.map(|(_, code)| code));
+                for quads in [[first, first + 1], [first + 2, first + 3]] {
+                    match each {
+                        4 => {
+                            let [low, high] = [two(quads[0])?, two(quads[1])?];
+                            codes.extend([low[0] | high[0] << 4, low[1] | high[1] << 4]);
+                        }
+                        _ if quads[0] == first => {
+                            codes.extend([two(quads[0])?, two(quads[1])?].as_flattened());
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
     }
-    Some((codes, masks, offsets))
+    Some((codes, masks, Vec::new()))
 }
 
 fn check_encoding(m: &QuantizedMatrix, encoding: Encoding, view: &QuantizedView<'_>) {

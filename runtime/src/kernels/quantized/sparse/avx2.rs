@@ -4,8 +4,9 @@ use std::arch::x86_64::*;
 
 use qbin_format::{QuantizedView, TILE_ROWS};
 
-use super::cursor::{Cursor, VECTOR, vectors_of};
-use super::{STEP, Zeros};
+use super::cursor::{VECTOR, vectors_of};
+use super::two_of_four::both_quads;
+use super::{STEP, Stored, Zeros};
 use crate::kernels::isa::{Isa, Level};
 
 /// For each byte of a mask where each of its eight places finds its code, or 0x80 where it keeps its zero.
@@ -49,34 +50,57 @@ type Vector = [__m128i; 4];
 
 #[target_feature(enable = "avx2,popcnt")]
 fn expand(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
-    let mut cursor = Cursor::new(w, panel);
+    let bits = w.scheme.bits;
     let zeros = Zeros::new(w, panel);
     let (vectors, _) = tiles.as_chunks_mut::<VECTOR>();
-    for (at, out) in vectors
-        .chunks_exact_mut(vectors_of(w.scheme.bits))
-        .enumerate()
-    {
-        let zeros = spread(zeros.at(at * STEP), w.scheme.bits);
-        let masks = cursor.masks(at);
-        let two = cursor.two_of_four();
-        let low = cursor.window(0, w.scheme.bits);
-        let mut used = [0, 0];
-        if w.scheme.bits == 8 {
-            for (out, &mask) in out.iter_mut().zip(&masks) {
-                let codes = quad(low, &mut used[0], mask, &zeros, two);
-                store(codes, out);
+    let steps = vectors.chunks_exact_mut(vectors_of(bits)).enumerate();
+    let mut cursor = match Stored::new(w, panel) {
+        Stored::Bitmask(cursor) => cursor,
+        Stored::TwoOfFour(two) => {
+            for (at, out) in steps {
+                let zeros = spread(zeros.at(at * STEP), bits);
+                let masks = two.quad_masks(at);
+                let codes = match bits {
+                    8 => two.codes::<8>(at),
+                    _ => two.codes::<4>(at),
+                };
+                let (codes, _) = codes.as_chunks();
+                for (pair, codes) in codes.iter().enumerate() {
+                    for (half, codes) in both_quads(codes).iter().enumerate() {
+                        let vector = 2 * pair + half;
+                        let quad = |quad: usize| exactly_two(codes, masks[quad], &zeros);
+                        let codes = match bits {
+                            8 => quad(vector),
+                            _ => nibbles(quad(2 * vector), quad(2 * vector + 1)),
+                        };
+                        store(codes, &mut out[vector]);
+                    }
+                }
             }
+            return;
+        }
+    };
+    for (at, out) in steps {
+        let zeros = spread(zeros.at(at * STEP), bits);
+        let masks = cursor.masks(at).as_chunks().0.iter();
+        let mut masks = masks.map(|mask| u64::from_le_bytes(*mask));
+        let low = cursor.window(0, bits);
+        let high = if bits == 8 {
+            low
         } else {
-            let high = if two {
-                low
-            } else {
-                cursor.window(1, w.scheme.bits)
+            cursor.window(1, bits)
+        };
+        let mut used = [0, 0];
+        for out in out {
+            let mut next = |window, stream: usize| {
+                let mask = masks.next().expect("a mask for each quad");
+                quad(window, &mut used[stream], mask, &zeros)
             };
-            for (out, pair) in out.iter_mut().zip(masks.as_chunks::<2>().0) {
-                let even = quad(low, &mut used[0], pair[0], &zeros, two);
-                let odd = quad(high, &mut used[1], pair[1], &zeros, two);
-                store(nibbles(even, odd), out);
-            }
+            let codes = match bits {
+                8 => next(low, 0),
+                _ => nibbles(next(low, 0), next(high, 1)),
+            };
+            store(codes, out);
         }
         cursor.advance(0, used[0]);
         cursor.advance(1, used[1]);
@@ -102,31 +126,49 @@ fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> Vector {
     zeros
 }
 
-/// One quad, `used` codes after the window's start. Of `two` of four, each byte of the mask has exactly four.
+/// One quad, `used` codes after the window's start.
 #[inline]
 #[target_feature(enable = "avx2,popcnt")]
-fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Vector, two: bool) -> Vector {
+fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Vector) -> Vector {
     let mut out = *zeros;
     for (out, bytes) in out.iter_mut().zip(mask.to_le_bytes().as_chunks::<2>().0) {
         let counts = bytes.map(|byte| byte.count_ones() as usize);
-        let [first, second] = bytes.map(|byte| eight(&SHUFFLES[usize::from(byte)]));
-        let low = &window[*used..];
-        // Where the second byte's codes are loaded to: behind the first's eight, or its exactly four.
-        let (codes, behind) = if two {
-            (eight(low.first_chunk().expect("eight codes")), 4)
-        } else {
-            let [low, high] = [0, counts[0]].map(|at| low[at..].first_chunk());
-            let loaded = low
-                .zip(high)
-                .map(|(low, high)| _mm_unpacklo_epi64(eight(low), eight(high)));
-            (loaded.expect("a window has eight codes for each byte"), 8)
-        };
-        let second = _mm_add_epi8(second, _mm_set1_epi8(behind));
-        let shuffle = _mm_unpacklo_epi64(first, second);
-        *out = _mm_blendv_epi8(_mm_shuffle_epi8(codes, shuffle), *out, shuffle);
+        let [low, high] = [0, counts[0]].map(|at| window[*used + at..].first_chunk());
+        let loaded = low
+            .zip(high)
+            .map(|(low, high)| _mm_unpacklo_epi64(eight(low), eight(high)));
+        let codes = loaded.expect("a window has eight codes for each byte");
+        *out = put(codes, *bytes, 8, *out);
         *used += counts[0] + counts[1];
     }
     out
+}
+
+/// One quad of two of four: its 32 codes, four for each byte of the mask.
+#[inline]
+#[target_feature(enable = "avx2,popcnt")]
+fn exactly_two(codes: &[u8; VECTOR / 2], mask: u64, zeros: &Vector) -> Vector {
+    let mut out = *zeros;
+    let masks = mask.to_le_bytes();
+    let parts = codes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .zip(masks.as_chunks::<2>().0);
+    for (out, (codes, bytes)) in out.iter_mut().zip(parts) {
+        *out = put(eight(codes), *bytes, 4, *out);
+    }
+    out
+}
+
+/// Codes put into their places among zeros; those of the mask's second byte begin at `behind`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn put(codes: __m128i, mask: [u8; 2], behind: i8, zeros: __m128i) -> __m128i {
+    let [first, second] = mask.map(|byte| eight(&SHUFFLES[usize::from(byte)]));
+    let second = _mm_add_epi8(second, _mm_set1_epi8(behind));
+    let shuffle = _mm_unpacklo_epi64(first, second);
+    _mm_blendv_epi8(_mm_shuffle_epi8(codes, shuffle), zeros, shuffle)
 }
 
 /// The low nibbles of one vector and the high nibbles of another.

@@ -4,8 +4,9 @@ use std::arch::x86_64::*;
 
 use qbin_format::{QuantizedView, TILE_ROWS};
 
-use super::cursor::{Cursor, PAIR_MASKS, QUADS, VECTOR, vectors_of};
-use super::{STEP, Zeros};
+use super::cursor::{Cursor, QUADS, VECTOR, vectors_of};
+use super::two_of_four::{MASKS, PAIR_MASKS, TwoOfFour};
+use super::{STEP, Stored, Zeros};
 use crate::kernels::isa::Isa;
 
 /// Proof of AVX-512 F, BW, DQ, VL, VNNI, VBMI and VBMI2, and of `popcnt`.
@@ -20,14 +21,11 @@ impl Vbmi2 {
 
     /// Expands one panel into dense tiles.
     pub(super) fn expand(self, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
-        let cursor = Cursor::new(w, panel);
         // SAFETY: `self` proves the features.
         unsafe {
-            match (w.scheme.bits, cursor.two_of_four()) {
-                (8, false) => expand::<8, false>(w, panel, cursor, tiles),
-                (8, true) => expand::<8, true>(w, panel, cursor, tiles),
-                (_, false) => expand::<4, false>(w, panel, cursor, tiles),
-                (_, true) => expand::<4, true>(w, panel, cursor, tiles),
+            match w.scheme.bits {
+                8 => expand::<8>(w, panel, tiles),
+                _ => expand::<4>(w, panel, tiles),
             }
         }
     }
@@ -37,27 +35,39 @@ impl Vbmi2 {
 #[target_feature(
     enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt"
 )]
-fn expand<const BITS: u8, const TWO_OF_FOUR: bool>(
-    w: &QuantizedView,
-    panel: usize,
-    mut cursor: Cursor,
-    tiles: &mut [u8],
-) {
+fn expand<const BITS: u8>(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
     let zeros = Zeros::new(w, panel);
-    let mut ahead = MasksAhead::new(&cursor);
     let (vectors, _) = tiles.as_chunks_mut::<VECTOR>();
-    for (at, out) in vectors.chunks_exact_mut(vectors_of(BITS)).enumerate() {
+    let steps = vectors.chunks_exact_mut(vectors_of(BITS)).enumerate();
+    let mut cursor = match Stored::new(w, panel) {
+        Stored::Bitmask(cursor) => cursor,
+        Stored::TwoOfFour(two) => {
+            let mut ahead = MasksAhead::new(&two);
+            for (at, out) in steps {
+                let zero = spread(zeros.at(at * STEP), BITS);
+                store::<BITS>(step_of_two::<BITS>(&two, &mut ahead, at, zero), out);
+            }
+            return;
+        }
+    };
+    for (at, out) in steps {
         cursor.prefetch(at, BITS, |at| _mm_prefetch::<_MM_HINT_T0>(at.cast()));
         let zero = spread(zeros.at(at * STEP), BITS);
-        let quads = step::<BITS, TWO_OF_FOUR>(&mut cursor, &mut ahead, at, zero);
-        for (v, out) in out.iter_mut().enumerate() {
-            let codes = match BITS {
-                8 => quads[v],
-                _ => nibbles(quads[2 * v], quads[2 * v + 1]),
-            };
-            // SAFETY: 64 bytes are written into 64.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
-        }
+        store::<BITS>(step::<BITS>(&mut cursor, at, zero), out);
+    }
+}
+
+/// Writes the quads of a step as dense vectors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store<const BITS: u8>(quads: [__m512i; QUADS], out: &mut [[u8; VECTOR]]) {
+    for (v, out) in out.iter_mut().enumerate() {
+        let codes = match BITS {
+            8 => quads[v],
+            _ => nibbles(quads[2 * v], quads[2 * v + 1]),
+        };
+        // SAFETY: 64 bytes are written into 64.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
     }
 }
 
@@ -65,9 +75,7 @@ fn expand<const BITS: u8, const TWO_OF_FOUR: bool>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> __m512i {
-    // SAFETY: 16 bytes are read of 16.
-    let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
-    let lanes = _mm512_cvtepu8_epi32(codes);
+    let lanes = widen(codes);
     let first = _mm512_set4_epi32(0x0c0c_0c0c, 0x0808_0808, 0x0404_0404, 0);
     let fourfold = _mm512_shuffle_epi8(lanes, first);
     match bits {
@@ -76,32 +84,17 @@ pub(super) fn spread(codes: &[u8; TILE_ROWS], bits: u8) -> __m512i {
     }
 }
 
-/// The codes of step `at`, quad by quad: bytes, or the low nibbles of even quads and the high nibbles of odd ones,
-/// beside nibbles without meaning. `zero` has the codes of zero, as [`spread`]. Steps come in order.
+/// The codes of step `at` of a bitmask, quad by quad: bytes, or the low nibbles of even quads and the high nibbles of odd
+/// ones, beside nibbles without meaning. `zero` has the codes of zero, as [`spread`]. Steps come in order.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,popcnt")]
-pub(super) fn step<const BITS: u8, const TWO_OF_FOUR: bool>(
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+pub(super) fn step<const BITS: u8>(
     cursor: &mut Cursor,
-    ahead: &mut MasksAhead,
     at: usize,
     zero: __m512i,
 ) -> [__m512i; QUADS] {
     let mut out = [zero; QUADS];
-    if TWO_OF_FOUR {
-        ahead.fill(cursor, at + 1);
-        // Mask registers are best loaded from memory: the compiler would take the vector apart.
-        let Masks(masks) = std::hint::black_box(&*ahead).0[at % 2];
-        let (codes, _) = cursor.window(0, BITS).as_chunks::<{ VECTOR / 2 }>();
-        for (quad, out) in out.iter_mut().enumerate() {
-            let codes = codes[if BITS == 8 { quad } else { quad / 2 }].as_ptr();
-            // SAFETY: 32 bytes are read of 32.
-            let codes = unsafe { _mm256_loadu_si256(codes.cast()) };
-            *out = _mm512_mask_expand_epi8(zero, masks[quad], _mm512_zextsi256_si512(codes));
-        }
-        cursor.advance(0, VECTOR / 2 * vectors_of(BITS));
-        return out;
-    }
-    let (masks, _) = cursor.bitmask(at).as_chunks::<8>();
+    let (masks, _) = cursor.masks(at).as_chunks::<8>();
     let low = cursor.window(0, BITS);
     let windows = match BITS {
         8 => [low, low],
@@ -117,6 +110,50 @@ pub(super) fn step<const BITS: u8, const TWO_OF_FOUR: bool>(
     }
     cursor.advance(0, used[0]);
     cursor.advance(1, used[1]);
+    out
+}
+
+/// The same of two of four.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
+fn step_of_two<const BITS: u8>(
+    two: &TwoOfFour,
+    ahead: &mut MasksAhead,
+    at: usize,
+    zero: __m512i,
+) -> [__m512i; QUADS] {
+    /// The first quad's codes of each row, then the second's.
+    const APART: [u16; VECTOR / 2] = {
+        let mut at = [0; VECTOR / 2];
+        let mut i = 0;
+        while i < VECTOR / 2 {
+            at[i] = (i % 16 * 2 + i / 16) as u16;
+            i += 1;
+        }
+        at
+    };
+    let mut out = [zero; QUADS];
+    ahead.fill(two, at + 1);
+    // Mask registers are best loaded from memory: the compiler would take the vector apart.
+    let Masks(masks) = std::hint::black_box(&*ahead).0[at % 2];
+    let (codes, _) = two.codes::<BITS>(at).as_chunks::<VECTOR>();
+    for (quad, out) in out.iter_mut().enumerate() {
+        // Of bytes or of byte pairs of nibbles, two for each vector.
+        let nth = if BITS == 8 { quad } else { quad / 2 };
+        // SAFETY: 64 bytes are read of each.
+        let (codes, apart) = unsafe {
+            (
+                _mm512_loadu_si512(codes[nth / 2].as_ptr().cast()),
+                _mm512_loadu_si512(APART.as_ptr().cast()),
+            )
+        };
+        let both = _mm512_permutexvar_epi16(apart, codes);
+        let codes = match nth % 2 {
+            0 => both,
+            _ => _mm512_zextsi256_si512(_mm512_extracti64x4_epi64::<1>(both)),
+        };
+        *out = _mm512_mask_expand_epi8(zero, masks[quad], codes);
+    }
     out
 }
 
@@ -147,48 +184,95 @@ struct Masks([u64; QUADS]);
 
 /// Masks of two of four, made a step before they are used: a mask that is loaded right after the vector it is part of
 /// was stored would wait (1.2 instead of 1.0 ns per quad on Zen 4).
-pub(super) struct MasksAhead([Masks; 2]);
+struct MasksAhead([Masks; 2]);
 
 impl MasksAhead {
-    /// With the masks of the first step, if there are any to be made.
+    /// With the masks of the first step.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    pub(super) fn new(cursor: &Cursor) -> Self {
+    fn new(two: &TwoOfFour) -> Self {
         let mut ahead = Self([Masks([0; QUADS]); 2]);
-        if cursor.two_of_four() {
-            ahead.fill(cursor, 0);
-        }
+        ahead.fill(two, 0);
         ahead
     }
 
-    /// Makes the masks of a step out of the 48 bits that are stored of each; of the last step, if there is no such.
+    /// Makes the masks of a step; of the last one, if there is no such.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn fill(&mut self, cursor: &Cursor, step: usize) {
-        /// Six bytes of each quad into eight.
-        const SPREAD: [u8; VECTOR] = {
+    fn fill(&mut self, two: &TwoOfFour, step: usize) {
+        /// Byte `8i + j` from byte `8j + i`: quads of pairs of rows become pairs of rows of quads.
+        const TRANSPOSED: [u8; VECTOR] = {
             let mut at = [0; VECTOR];
             let mut i = 0;
             while i < VECTOR {
-                at[i] = (i / 8 * 6 + if i % 8 < 6 { i % 8 } else { 0 }) as u8;
+                at[i] = (i % 8 * 8 + i / 8) as u8;
                 i += 1;
             }
             at
         };
-        /// Where the bits of two rows begin in a quad's 48.
-        const PAIRS: [u8; 8] = [0, 6, 12, 18, 24, 30, 36, 42];
-        let stored = cursor.two_of_four_masks(step);
         let Masks(out) = &mut self.0[step % 2];
-        // SAFETY: 48 bytes are read of 48, 64 of each table, and 64 written into 64 that are aligned.
+        let pairs = pairs(two.masks_from(step));
+        // SAFETY: 64 bytes are read of each table, and 64 written into 64 that are aligned.
         unsafe {
-            let stored = _mm512_maskz_loadu_epi8(u64::MAX >> 16, stored.as_ptr().cast());
-            let quads = _mm512_permutexvar_epi8(_mm512_loadu_si512(SPREAD.as_ptr().cast()), stored);
-            let pairs = _mm512_set1_epi64(i64::from_le_bytes(PAIRS));
-            let pairs = _mm512_multishift_epi64_epi8(pairs, quads);
-            // The two bits above each pair's six do not count in an index.
             let table = _mm512_loadu_si512(PAIR_MASKS.as_ptr().cast());
+            let transposed = _mm512_loadu_si512(TRANSPOSED.as_ptr().cast());
             let masks = _mm512_permutexvar_epi8(pairs, table);
+            let masks = _mm512_permutexvar_epi8(transposed, masks);
             _mm512_store_si512(out.as_mut_ptr().cast(), masks);
         }
+    }
+}
+
+/// The six bits that are stored of two rows and a quad, for the step whose masks come first: a byte for each quad, pair of rows by
+/// pair; the two bits above them are another's and do not count in an index of 64.
+///
+/// # Panics
+/// If there are no masks of a whole step.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+pub(super) fn pairs(masks: &[u8]) -> __m512i {
+    /// Six bytes of each pair of rows into eight.
+    const SPREAD: [u8; VECTOR] = {
+        let mut at = [0; VECTOR];
+        let mut i = 0;
+        while i < VECTOR {
+            at[i] = (i / 8 * 6 + if i % 8 < 6 { i % 8 } else { 0 }) as u8;
+            i += 1;
+        }
+        at
+    };
+    /// Where the bits of each quad begin in 48.
+    const STARTS: [u8; QUADS] = [0, 6, 12, 18, 24, 30, 36, 42];
+    // A masked load takes more time, so that only the last step of a panel has one.
+    let stored = match masks.first_chunk::<VECTOR>() {
+        // SAFETY: 64 bytes are read of 64.
+        Some(masks) => unsafe { _mm512_loadu_si512(masks.as_ptr().cast()) },
+        None => {
+            let first = &masks[..MASKS];
+            // SAFETY: as many bytes are read as there are.
+            unsafe { _mm512_maskz_loadu_epi8(!0 >> (VECTOR - MASKS), first.as_ptr().cast()) }
+        }
+    };
+    // SAFETY: 64 bytes are read of the table.
+    let spread = unsafe { _mm512_loadu_si512(SPREAD.as_ptr().cast()) };
+    let rows = _mm512_permutexvar_epi8(spread, stored);
+    _mm512_multishift_epi64_epi8(_mm512_set1_epi64(i64::from_le_bytes(STARTS)), rows)
+}
+
+/// A row's byte as 32 bits, row by row.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen(bytes: &[u8; TILE_ROWS]) -> __m512i {
+    // SAFETY: 16 bytes are read of 16.
+    _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+/// The sum of two halves, of which with 4 bits the second counts sixteenfold.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn even_and_odd<const BITS: u8>([even, odd]: [__m512i; 2]) -> __m512i {
+    match BITS {
+        8 => _mm512_add_epi32(even, odd),
+        _ => _mm512_add_epi32(even, _mm512_srai_epi32::<4>(odd)),
     }
 }

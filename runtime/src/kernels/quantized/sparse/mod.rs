@@ -13,14 +13,20 @@ mod avx512;
 mod cursor;
 #[cfg(target_arch = "x86_64")]
 mod few;
+#[cfg(target_arch = "x86_64")]
+mod select;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod two_of_four;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
+#[cfg(target_arch = "x86_64")]
+use self::{cursor::Cursor, two_of_four::TwoOfFour};
 use super::Product;
 use crate::kernels::isa::Isa;
 
@@ -108,6 +114,26 @@ fn expand(isa: Isa, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
     w.expand_panel(panel, tiles);
 }
 
+/// What is stored of a panel.
+#[cfg(target_arch = "x86_64")]
+enum Stored<'a> {
+    Bitmask(Cursor<'a>),
+    TwoOfFour(TwoOfFour<'a>),
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> Stored<'a> {
+    /// # Panics
+    /// If the matrix is dense.
+    fn new(w: &QuantizedView<'a>, panel: usize) -> Self {
+        match w.sparsity {
+            Sparsity::Bitmask { masks, .. } => Self::Bitmask(Cursor::new(w, masks, panel)),
+            Sparsity::TwoOfFour { masks } => Self::TwoOfFour(TwoOfFour::new(w, masks, panel)),
+            Sparsity::Dense => panic!("a dense matrix is stored whole"),
+        }
+    }
+}
+
 /// Whether the code of zero is the same for all columns of a step, in every row.
 #[cfg(target_arch = "x86_64")]
 fn one_zero_per_step(w: &QuantizedView) -> bool {
@@ -142,9 +168,15 @@ impl<'a> Zeros<'a> {
     /// In a column, and right of the matrix in its last group.
     #[inline(always)]
     fn at(&self, col: usize) -> &[u8; TILE_ROWS] {
+        self.of_group(col / self.width)
+    }
+
+    /// In a weight group, and behind the last in that.
+    #[inline(always)]
+    fn of_group(&self, group: usize) -> &[u8; TILE_ROWS] {
         match self.stored.last() {
             None => &self.mid,
-            Some(last) => self.stored.get(col / self.width).unwrap_or(last),
+            Some(last) => self.stored.get(group).unwrap_or(last),
         }
     }
 }
