@@ -137,6 +137,15 @@ impl Activations {
         &self.codes[token * self.stride()..]
     }
 
+    /// Codes, in rows of [`Self::stride`], scales and sums, in rows of [`Self::groups`], from a token on.
+    pub(crate) fn rows_from(&self, token: usize) -> (&[i8], &[f32], &[i32]) {
+        (
+            &self.codes[token * self.stride()..],
+            &self.scales[token * self.groups()..],
+            &self.sums[token * self.groups()..],
+        )
+    }
+
     /// Codes of one token, padded with 0 to a multiple of 64.
     pub fn codes(&self, token: usize) -> &[i8] {
         &self.codes[token * self.stride()..][..self.stride()]

@@ -373,4 +373,10 @@ impl<D: Dot> Vectors for Halves<D> {
         // SAFETY: as above; a prefetch reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
+
+    #[inline(always)]
+    fn prefetch_near(self, address: *const u8) {
+        // SAFETY: as above; a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
 }

@@ -1,4 +1,5 @@
-//! The product by blocks of panels and tokens whose integer sums stay in registers.
+//! The product by blocks of panels and tokens whose integer sums stay in registers, for few tokens; `many` takes over
+//! where there are more.
 //!
 //! It serves groups of 32, 64, 96 and 128 columns. A short last group is read up to a multiple of 32: the
 //! activations there are 0.
@@ -8,14 +9,15 @@ use std::ops::Range;
 use qbin_format::QuantizedView;
 
 use super::Product;
-use super::output::Panels;
+use super::many;
+use super::output::{self, Panels};
 use super::panel::{Panel, VECTOR};
 use super::vectors::Vectors;
 use crate::kernels::activations::Activations;
 use crate::kernels::isa::Vectorized;
 
 /// Columns between two calls of [`Vectors::carry`].
-const STEP: usize = 32;
+pub(super) const STEP: usize = 32;
 /// Quads of a step.
 const QUADS: usize = STEP / 4;
 
@@ -28,11 +30,6 @@ const WIDE: usize = 2;
 /// the beginning of the panel that its stream goes on with.
 const PREFETCH: usize = 1024;
 
-/// With more tokens, columns that are multiplied at a time: four panels of them take 64 KiB (INT4) or 128 KiB.
-const COLS: usize = 2048;
-/// Bytes of activations that stay in the L2 cache, beside these panels, while all panels pass by.
-const CACHED: usize = 192 << 10;
-
 /// Whether [`Product`] serves groups of this many columns.
 pub(super) fn serves(group: usize) -> bool {
     group.is_multiple_of(STEP)
@@ -40,7 +37,7 @@ pub(super) fn serves(group: usize) -> bool {
 
 /// Computes a product.
 pub(super) fn run<V: Vectors>(v: V, product: Product) {
-    const { assert!((V::PANELS == 1 || V::PANELS == 4) && V::TOKENS <= 6) };
+    const { assert!((V::PANELS == 1 || V::PANELS == 4) && V::TOKENS <= output::TOKENS) };
     Blocks { v, product }.run();
 }
 
@@ -53,48 +50,35 @@ impl<V: Vectors> Blocks<'_, '_, V> {
     fn run(mut self) {
         let Product { x, ref panels, .. } = self.product;
         let panels = panels.clone();
-        let (tokens, groups) = (0..x.tokens(), 0..x.groups());
+        let tokens = 0..x.tokens();
         if tokens.len() <= STREAMED {
             let most = match tokens.len() <= WIDE && V::PANELS > 1 {
                 true => 2 * V::PANELS,
                 false => V::PANELS,
             };
-            return self.panels(panels, most, tokens, groups);
+            return self.panels(panels, most, tokens);
         }
-        let groups_at_once = (COLS / x.group()).max(1);
-        let tokens_at_once = CACHED / COLS.min(x.stride());
-        for tokens in parts(tokens, tokens_at_once) {
-            for groups in parts(groups.clone(), groups_at_once) {
-                self.panels(panels.clone(), V::PANELS, tokens.clone(), groups);
-            }
-        }
+        many::run(self.v, self.product);
     }
 
     /// All panels, `most` at a time.
-    fn panels(
-        &mut self,
-        mut panels: Range<usize>,
-        most: usize,
-        tokens: Range<usize>,
-        groups: Range<usize>,
-    ) {
+    fn panels(&mut self, mut panels: Range<usize>, most: usize, tokens: Range<usize>) {
         while !panels.is_empty() {
             let widths = [most, V::PANELS, 1].into_iter();
             let count = widths.filter(|&width| width <= panels.len()).max();
             let count = count.expect("one panel fits");
-            self.blocks(panels.start, count, tokens.clone(), groups.clone());
+            self.blocks(panels.start, count, tokens.clone());
             panels.start += count;
         }
     }
 
-    /// Some panels (1, [`Vectors::PANELS`], or twice that) over some groups of columns.
-    fn blocks(&mut self, panel: usize, panels: usize, tokens: Range<usize>, groups: Range<usize>) {
+    /// Some panels: 1, [`Vectors::PANELS`], or twice that.
+    fn blocks(&mut self, panel: usize, panels: usize, tokens: Range<usize>) {
         let bits = self.product.w.scheme.bits;
         for tokens in parts(tokens, V::TOKENS) {
             let at = At {
                 panel,
                 token: tokens.start,
-                groups: groups.clone(),
             };
             match bits {
                 4 => self.block_of::<256>(panels, tokens.len(), at),
@@ -110,9 +94,7 @@ impl<V: Vectors> Blocks<'_, '_, V> {
                 1 => self.block::<BYTES, 4, 1, 1>(at),
                 2 => self.block::<BYTES, 4, 2, 1>(at),
                 3 => self.block::<BYTES, 4, 3, 1>(at),
-                4 => self.block::<BYTES, 4, 4, 1>(at),
-                5 => self.block::<BYTES, 4, 5, 1>(at),
-                _ => self.block::<BYTES, 4, 6, 1>(at),
+                _ => self.block::<BYTES, 4, 4, 1>(at),
             };
         }
         if V::PANELS == 4 && panels == 8 {
@@ -126,9 +108,7 @@ impl<V: Vectors> Blocks<'_, '_, V> {
             1 => self.block::<BYTES, 1, 1, 2>(at),
             2 => self.block::<BYTES, 1, 2, 2>(at),
             3 => self.block::<BYTES, 1, 3, 1>(at),
-            4 => self.block::<BYTES, 1, 4, 1>(at),
-            5 => self.block::<BYTES, 1, 5, 1>(at),
-            _ => self.block::<BYTES, 1, 6, 1>(at),
+            _ => self.block::<BYTES, 1, 4, 1>(at),
         }
     }
 
@@ -151,11 +131,10 @@ pub(super) fn parts(range: Range<usize>, len: usize) -> impl Iterator<Item = Ran
     (0..count).map(move |part| at(part)..at(part + 1))
 }
 
-/// Where a block begins, and the groups of columns it adds.
+/// Where a block begins.
 struct At {
     panel: usize,
     token: usize,
-    groups: Range<usize>,
 }
 
 /// `P` panels for `T` tokens, with `C` sums for each; `BYTES` are those of a step of one panel.
@@ -194,32 +173,11 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
             }
         }
         let mut y = [[v.zero(); T]; P];
-        if at.groups.start > 0 {
-            for p in 0..P {
-                for t in 0..T {
-                    y[p][t] = v.values(&out.read(at.token + t, at.panel + p));
-                }
-            }
-        }
-        for group in at.groups {
+        for group in 0..x.groups() {
             let weight_group = w.scheme.group_of(group * x.group());
+            let now: [i32; T] = std::array::from_fn(|t| sums[t][group]);
             let mut sum = [[[v.start(v.splat(0)); T]; P]; C];
-            if w.scheme.symmetric {
-                let z = V::CENTRE - i32::from(w.scheme.mid());
-                for t in 0..T {
-                    let start = v.start(v.splat(z * sums[t][group]));
-                    for p in 0..P {
-                        sum[0][p][t] = start;
-                    }
-                }
-            } else {
-                for p in 0..P {
-                    let z = v.zero_points(panels[p].stored_zero_points(weight_group));
-                    for t in 0..T {
-                        sum[0][p][t] = v.start(v.times(z, -sums[t][group]));
-                    }
-                }
-            }
+            sum[0] = starts(v, w, &panels, weight_group, now);
             for step in group * per_group..((group + 1) * per_group).min(steps) {
                 let mut now = [&codes[0][step]; P];
                 for p in 1..P {
@@ -234,10 +192,8 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
                     false => PREFETCH + (P - 1) * steps * BYTES,
                 };
                 for pair in 0..QUADS / 2 {
-                    if T <= STREAMED {
-                        for p in 0..P {
-                            prefetch_pair(v, now[p], pair, ahead);
-                        }
+                    for p in 0..P {
+                        prefetch_pair(v, now[p], pair, ahead);
                     }
                     dot_quad(v, now, a, 2 * pair, &mut sum[0]);
                     dot_quad(v, now, a, 2 * pair + 1, &mut sum[C - 1]);
@@ -248,9 +204,7 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
                 }
             }
             for p in 0..P {
-                if T <= STREAMED {
-                    panels[p].prefetch_parameters(v, weight_group, P);
-                }
+                panels[p].prefetch_parameters(v, weight_group, P);
                 let s_w = v.scales(panels[p].stored_scales(weight_group));
                 for t in 0..T {
                     let mut total = v.total(sum[0][p][t]);
@@ -269,9 +223,39 @@ impl<V: Vectors, const BYTES: usize, const P: usize, const T: usize, const C: us
     }
 }
 
+/// Sums that begin with `-z · Σ a`, less what [`Vectors::dot`] takes off each code; `sums` are those of the activations.
+#[expect(clippy::needless_range_loop)]
+#[inline(always)]
+pub(super) fn starts<V: Vectors, const P: usize, const T: usize>(
+    v: V,
+    w: &QuantizedView,
+    panels: &[Panel; P],
+    weight_group: usize,
+    sums: [i32; T],
+) -> [[V::Sum; T]; P] {
+    let mut start = [[v.start(v.splat(0)); T]; P];
+    if w.scheme.symmetric {
+        let z = V::CENTRE - i32::from(w.scheme.mid());
+        for t in 0..T {
+            let now = v.start(v.splat(z * sums[t]));
+            for p in 0..P {
+                start[p][t] = now;
+            }
+        }
+    } else {
+        for p in 0..P {
+            let z = v.zero_points(panels[p].stored_zero_points(weight_group));
+            for t in 0..T {
+                start[p][t] = v.start(v.times(z, -sums[t]));
+            }
+        }
+    }
+    start
+}
+
 /// Adds the products of four columns.
 #[inline(always)]
-fn dot_quad<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
+pub(super) fn dot_quad<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
     v: V,
     codes: [&[u8; BYTES]; P],
     activations: [&[[i8; 4]]; T],
@@ -299,7 +283,7 @@ fn dot_quad<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
 /// Ends a step.
 #[expect(clippy::needless_range_loop)]
 #[inline(always)]
-fn carry<V: Vectors, const P: usize, const T: usize>(v: V, sum: &mut [[V::Sum; T]; P]) {
+pub(super) fn carry<V: Vectors, const P: usize, const T: usize>(v: V, sum: &mut [[V::Sum; T]; P]) {
     for p in 0..P {
         for t in 0..T {
             sum[p][t] = v.carry(sum[p][t]);

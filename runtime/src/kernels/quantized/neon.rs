@@ -260,4 +260,12 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
             asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, readonly, preserves_flags));
         }
     }
+
+    #[inline(always)]
+    fn prefetch_near(self, address: *const u8) {
+        // SAFETY: a prefetch reads nothing, at any address.
+        unsafe {
+            asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, readonly, preserves_flags));
+        }
+    }
 }

@@ -81,6 +81,32 @@ impl<'a> Panels<'a> {
         values
     }
 
+    /// Whether all rows of the panels below this one are there.
+    pub(super) fn holds(&self, panels: usize) -> bool {
+        panels * TILE_ROWS <= self.rows.end
+    }
+
+    /// `P` whole panels for `T` tokens.
+    ///
+    /// # Panics
+    /// If a panel is not one of these or not whole, or there are no such tokens.
+    #[inline(always)]
+    pub(super) fn block<const P: usize, const T: usize>(
+        &mut self,
+        token: usize,
+        panel: usize,
+    ) -> Block<'_, P, T> {
+        let row = panel * TILE_ROWS;
+        assert!(self.rows.contains(&row) && self.holds(panel + P) && token + T <= self.tokens);
+        Block {
+            first: self
+                .first
+                .wrapping_add(token * self.stride + (row - self.rows.start)),
+            stride: self.stride,
+            borrow: PhantomData,
+        }
+    }
+
     /// Where that will be written, to be fetched.
     #[inline(always)]
     pub(super) fn address(&self, token: usize, panel: usize) -> *const u8 {
@@ -100,5 +126,62 @@ impl<'a> Panels<'a> {
                 .add(token * self.stride + (row - self.rows.start));
             std::slice::from_raw_parts_mut(first, len)
         }
+    }
+}
+
+/// Most tokens of a block.
+pub(super) const TOKENS: usize = 6;
+
+/// Results of `P` panels that lie together, on whole cache lines.
+#[repr(align(64))]
+pub(super) struct Near<const P: usize>([[[f32; TILE_ROWS]; P]; TOKENS]);
+
+impl<const P: usize> Near<P> {
+    /// All 0.
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self([[[0.0; TILE_ROWS]; P]; TOKENS])
+    }
+}
+
+/// The results of `P` whole panels for `T` tokens.
+pub(super) struct Block<'a, const P: usize, const T: usize> {
+    first: *mut f32,
+    stride: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
+    /// These results.
+    #[inline(always)]
+    pub(super) fn of(values: &'a mut Near<P>) -> Self {
+        const { assert!(T <= TOKENS) };
+        Self {
+            first: values.0.as_mut_ptr().cast(),
+            stride: P * TILE_ROWS,
+            borrow: PhantomData,
+        }
+    }
+
+    /// What was written before for a token and panel.
+    #[inline(always)]
+    pub(super) fn get(&self, t: usize, p: usize) -> [f32; TILE_ROWS] {
+        assert!(t < T && p < P);
+        // SAFETY: the values of T tokens and P panels are borrowed.
+        unsafe { self.at(t, p).cast::<[f32; TILE_ROWS]>().read() }
+    }
+
+    /// Writes the values for a token and panel.
+    #[inline(always)]
+    pub(super) fn put(&mut self, t: usize, p: usize, values: [f32; TILE_ROWS]) {
+        assert!(t < T && p < P);
+        // SAFETY: the values of T tokens and P panels are borrowed mutably.
+        unsafe { self.at(t, p).cast::<[f32; TILE_ROWS]>().write(values) }
+    }
+
+    /// Where they are, to be fetched.
+    #[inline(always)]
+    pub(super) fn at(&self, t: usize, p: usize) -> *mut f32 {
+        self.first.wrapping_add(t * self.stride + p * TILE_ROWS)
     }
 }

@@ -61,4 +61,6 @@ pub(super) trait Vectors: Copy {
     fn rows(self, y: Self::Float) -> [f32; 16];
     /// Asks for the cache line at an address, which need not be valid, to be in the second cache.
     fn prefetch(self, address: *const u8);
+    /// The same for the first cache.
+    fn prefetch_near(self, address: *const u8);
 }
