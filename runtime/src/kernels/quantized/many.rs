@@ -15,10 +15,10 @@ use super::vectors::Vectors;
 use crate::kernels::activations::Activations;
 use crate::kernels::isa::Vectorized;
 
-/// Columns that are multiplied at a time: four panels of them take 64 KiB (INT4) or 128 KiB.
-const COLS: usize = 2048;
+/// Columns that are multiplied at a time: four panels of them take 128 KiB (INT4) or 256 KiB.
+const COLS: usize = 4096;
 /// Bytes of activations that stay in the L2 cache, beside these panels, while all panels pass by.
-const CACHED: usize = 192 << 10;
+const CACHED: usize = 384 << 10;
 
 /// Where a block's sums are: before the first group, between groups, and behind the last. Between groups they are not in
 /// the result, whose rows for several tokens compete for few lines of the first cache.
