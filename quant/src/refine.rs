@@ -164,13 +164,16 @@ impl<'a, 'b> Refinement<'a, 'b> {
 
     fn finish(self) -> Gain {
         let mut column = vec![0f32; self.rows];
-        let mut squares = |col: usize| -> f64 {
+        let mut error = 0.0;
+        for col in 0..self.curvature.n {
             self.errors.get(col, &mut column);
-            column.iter().map(|&e| f64::from(e) * f64::from(e)).sum()
-        };
+            error = column
+                .iter()
+                .fold(error, |sum, &e| sum + f64::from(e) * f64::from(e));
+        }
         Gain {
             loss: self.gained.iter().sum(),
-            error: (0..self.curvature.n).map(&mut squares).sum(),
+            error,
         }
     }
 

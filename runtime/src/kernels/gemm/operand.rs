@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::View;
 use super::pack::pack;
 use super::tile::{COLS, Element, ROWS};
@@ -90,10 +92,10 @@ impl<T: Element, const W: usize> Packed<T, W> {
         let mut packed = Self::zeros(source.rows(), source.cols());
         let terms = 0..packed.terms;
         if !terms.is_empty() {
-            let panels = packed.values.chunks_exact_mut(W * terms.len());
-            for (panel, out) in panels.enumerate() {
+            let panels = packed.values.par_chunks_exact_mut(W * terms.len());
+            panels.enumerate().for_each(|(panel, out)| {
                 pack::<T, W>(isa, source, panel * W, terms.clone(), out);
-            }
+            });
         }
         packed
     }
@@ -132,7 +134,12 @@ impl<T: Element, const W: usize> Packed<T, W> {
 
     /// As an operand.
     pub fn all(&self) -> Terms<'_, T, W> {
-        self.head(self.terms)
+        Terms {
+            values: self.values.as_chunks().0,
+            stride: self.terms,
+            lines: self.lines,
+            terms: self.terms,
+        }
     }
 
     /// The first `terms` terms as an operand.
@@ -142,8 +149,25 @@ impl<T: Element, const W: usize> Packed<T, W> {
     pub fn head(&self, terms: usize) -> Terms<'_, T, W> {
         assert!(terms <= self.terms, "{terms} of {} terms", self.terms);
         Terms {
-            packed: self,
             terms,
+            ..self.all()
+        }
+    }
+
+    /// Some lines as an operand.
+    ///
+    /// # Panics
+    /// If there are fewer, or if the first does not begin a panel.
+    pub fn lines(&self, lines: Range<usize>) -> Terms<'_, T, W> {
+        assert!(
+            lines.start.is_multiple_of(W) && lines.end <= self.lines,
+            "lines {lines:?} of {} in panels of {W}",
+            self.lines
+        );
+        Terms {
+            values: &self.values.as_chunks().0[lines.start / W * self.terms..],
+            lines: lines.len(),
+            ..self.all()
         }
     }
 
@@ -164,16 +188,20 @@ impl<T: Element, const W: usize> Packed<T, W> {
     }
 }
 
-/// The first terms of a packed matrix.
+/// Some lines, or the first terms, of a packed matrix.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms<'a, T, const W: usize> {
-    packed: &'a Packed<T, W>,
+    /// From the first panel on.
+    values: &'a [[T; W]],
+    /// Terms from panel to panel.
+    stride: usize,
+    lines: usize,
     terms: usize,
 }
 
 impl<T: Element, const W: usize> Operand<T, W> for Terms<'_, T, W> {
     fn lines(&self) -> usize {
-        self.packed.lines
+        self.lines
     }
 
     fn terms(&self) -> usize {
@@ -185,7 +213,6 @@ impl<T: Element, const W: usize> Operand<T, W> for Terms<'_, T, W> {
     fn copy(&self, _: Isa, _: usize, _: Range<usize>, _: &mut [T]) {}
 
     fn panel<'a>(&'a self, first: usize, terms: Range<usize>, _: &'a [T]) -> &'a [[T; W]] {
-        let panel = first / W * self.packed.terms;
-        &self.packed.values.as_chunks().0[panel..][terms]
+        &self.values[first / W * self.stride..][terms]
     }
 }
