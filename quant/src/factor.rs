@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use qbin_runtime::kernels::Isa;
+use qbin_runtime::kernels::gemm::{Left, View};
 use rayon::prelude::*;
 
 use crate::error::QuantError;
@@ -52,8 +54,8 @@ pub(crate) struct Block {
     pub(crate) places: Range<usize>,
     /// Group number, and its places in the sweep.
     pub(crate) groups: Vec<(usize, Range<usize>)>,
-    /// `U[..start, block]`, `[start, width]`, column major: feedback from everything before the block.
-    pub(crate) before: Vec<f32>,
+    /// `U[..start, block]` transposed, `[width, start]`: feedback from everything before the block.
+    pub(crate) before: Left<f32>,
     /// The inverse of `I + U[block, block]`, `[width, width]`, row major: feedback on current weights.
     pub(crate) inverse: Vec<f32>,
 }
@@ -295,6 +297,7 @@ fn at(lower: &[f64], n: usize, a: usize, b: usize) -> f64 {
 
 /// Takes `U` out of the factor, block by block.
 fn cut(lower: &[f64], n: usize, groups: Vec<Vec<(usize, Range<usize>)>>) -> Vec<Block> {
+    let isa = Isa::detect();
     let block = |groups: Vec<(usize, Range<usize>)>| {
         let places = groups[0].1.start..groups[groups.len() - 1].1.end;
         let (start, width) = (places.start, places.len());
@@ -310,10 +313,11 @@ fn cut(lower: &[f64], n: usize, groups: Vec<Vec<(usize, Range<usize>)>>) -> Vec<
             }
         }
         let inverse = invert_unit_upper(&inside, width);
+        let before = View::row_major(&before, width, start);
         Block {
             places,
             groups,
-            before,
+            before: Left::new(isa, before),
             inverse: inverse.into_iter().map(|value| value as f32).collect(),
         }
     };

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use qbin_runtime::kernels::Isa;
+use qbin_runtime::kernels::gemm::View;
 
 use crate::factor::Factor;
 
@@ -64,6 +65,7 @@ impl Factor {
         assert_eq!(weight.len(), rows * width, "weight is not [rows, width]");
         assert_eq!(errors.len(), rows * start, "errors is not [rows, start]");
         let mut current = weight.to_vec();
+        let errors = View::row_major(errors, start, rows);
         block.correct(Isa::detect(), &mut current, errors, rows);
         current
     }

@@ -1,15 +1,17 @@
 //! Cholesky factorization in place, in f64, the same for every number of threads.
 
 use qbin_runtime::kernels::Isa;
-use qbin_runtime::kernels::gemm::{Element, Store, View, product};
+use qbin_runtime::kernels::gemm::{Element, Left, Right, Store, View, product};
 use rayon::prelude::*;
 
 /// Columns eliminated at once.
 const STRIP: usize = 256;
+/// Columns whose products are subtracted from all later ones together: those, most of the matrix, come from memory.
+const SPAN: usize = 4 * STRIP;
 /// Rows or columns per task of the updates.
 const TASK: usize = 256;
 /// Rows updated at once: the products of a task's columns with them stay in cache.
-const ROWS: usize = 512;
+const ROWS: usize = 256;
 
 /// A pivot of the Cholesky factorization that is not positive beyond rounding: the matrix is singular or
 /// indefinite.
@@ -34,7 +36,8 @@ impl Products {
     /// The part of a diagonal element below which what is left of it may be rounding.
     fn noise(self, n: usize) -> f64 {
         match self {
-            // The errors of `n/STRIP` strips are independent and each below `ε` of the element.
+            // The errors of `n/STRIP` strips, and of their sums in a span, are independent and each below `ε` of the
+            // element.
             Self::Single => 64.0 * f64::from(f32::EPSILON),
             Self::Double => n as f64 * f64::EPSILON,
         }
@@ -45,7 +48,8 @@ impl Products {
 /// read and becomes `L`, the upper one is neither read nor written.
 ///
 /// Right-looking by strips: factor the diagonal tile, multiply the strip below it by the tile's inverse
-/// transpose, subtract the outer product from the columns to the right.
+/// transpose, subtract the outer product from the columns to the right; from those of the next spans for all
+/// strips of a span at once.
 ///
 /// # Errors
 /// [`NonPositivePivot`] where a pivot is at or below the rounding noise of its diagonal element;
@@ -58,60 +62,84 @@ pub(crate) fn cholesky_in_place(
     assert_eq!(a.len(), n * n, "a is not [n, n]");
     let isa = Isa::detect();
     let noise: Vec<f64> = (0..n).map(|i| a[i * n + i] * products.noise(n)).collect();
-    for start in (0..n).step_by(STRIP) {
-        let width = STRIP.min(n - start);
-        let end = start + width;
-        let (left, right) = a.split_at_mut(end * n);
-        let strip = &mut left[start * n..];
-        factor_tile(strip, n, start, width, &noise)?;
-        if end == n {
-            break;
+    let subtract = match products {
+        Products::Single => subtract_outer::<f32>,
+        Products::Double => subtract_outer::<f64>,
+    };
+    for first in (0..n).step_by(SPAN) {
+        let last = n.min(first + SPAN);
+        let (span, rest) = a[first * n..].split_at_mut((last - first) * n);
+        for start in (first..last).step_by(STRIP) {
+            let end = last.min(start + STRIP);
+            let (strip, later) = span[(start - first) * n..].split_at_mut((end - start) * n);
+            factor_tile(strip, n, start, end - start, &noise)?;
+            let inverse = invert_tile(strip, n, start, end - start);
+            solve_below(isa, strip, n, end, &inverse);
+            subtract(isa, strip, later, n, end);
         }
-        let inverse = invert_tile(strip, n, start, width);
-        let solved = solve_below(isa, strip, n, end, width, &inverse);
-        match products {
-            Products::Double => subtract_outer(isa, right, n, &solved),
-            Products::Single => {
-                let solved: Vec<f32> = solved.iter().map(|&value| value as f32).collect();
-                subtract_outer(isa, right, n, &solved);
-            }
-        }
+        subtract(isa, span, rest, n, last);
     }
     Ok(())
 }
 
-/// `C −= S·Sᵀ` for the last columns of height `n`, rows at and below the diagonal only; `strip` is `S`, row major.
-fn subtract_outer<T: Element + Into<f64>>(isa: Isa, columns: &mut [f64], n: usize, strip: &[T]) {
-    let size = columns.len() / n;
-    let strip = View::row_major(strip, size, strip.len() / size);
-    columns
-        .par_chunks_mut(TASK * n)
-        .enumerate()
-        .for_each(|(task, columns)| {
-            let (first, count) = (task * TASK, columns.len() / n);
-            let pivots = strip.subrows(first, count);
-            let mut products = vec![T::default(); count * ROWS];
-            for top in (first..size).step_by(ROWS) {
-                let rest = strip.subrows(top, ROWS.min(size - top));
-                product(
-                    isa,
-                    &mut products,
-                    ROWS,
-                    Store::Replace,
-                    pivots,
-                    rest.transpose(),
-                );
-                for (j, (column, products)) in
-                    columns.chunks_mut(n).zip(products.chunks(ROWS)).enumerate()
-                {
-                    let column = &mut column[n - size + top..][..rest.rows()];
-                    let above = (first + j).saturating_sub(top).min(rest.rows());
-                    for (value, &product) in column.iter_mut().zip(products).skip(above) {
-                        *value -= product.into();
-                    }
+/// What products of strips are computed in.
+trait Precision: Element + Into<f64> {
+    fn rounded(value: f64) -> Self;
+}
+
+impl Precision for f32 {
+    fn rounded(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Precision for f64 {
+    fn rounded(value: f64) -> Self {
+        value
+    }
+}
+
+/// `C −= S·Sᵀ` for the columns from `first` on, rows at and below the diagonal only; `done` are finished columns, all of
+/// height `n`, and `S` is what they hold from row `first` on.
+fn subtract_outer<T: Precision>(
+    isa: Isa,
+    done: &[f64],
+    columns: &mut [f64],
+    n: usize,
+    first: usize,
+) {
+    if columns.is_empty() {
+        return;
+    }
+    let (depth, size) = (done.len() / n, n - first);
+    let mut strip = vec![T::default(); depth * size];
+    let rounding = strip.par_chunks_mut(size).zip(done.par_chunks(n));
+    rounding.for_each(|(strip, done)| {
+        let values = strip.iter_mut().zip(&done[first..]);
+        values.for_each(|(value, &done)| *value = T::rounded(done));
+    });
+    let strip = View::col_major(&strip, size, depth);
+    let left = Left::new(isa, strip.subrows(0, columns.len() / n));
+    let right = Right::new(isa, strip);
+    let tasks = columns.par_chunks_mut(TASK * n).enumerate();
+    tasks.for_each(|(task, columns)| {
+        let (first, count) = (task * TASK, columns.len() / n);
+        let pivots = left.lines(first..first + count);
+        let mut products = vec![T::default(); count * ROWS];
+        for top in (first..size).step_by(ROWS) {
+            let height = ROWS.min(size - top);
+            let rest = right.lines(top..top + height);
+            product(isa, &mut products, ROWS, Store::Replace, pivots, rest);
+            let columns = columns.chunks_mut(n).zip(products.chunks(ROWS));
+            for (j, (column, products)) in columns.enumerate() {
+                let column = &mut column[n - size + top..][..height];
+                let above = (first + j).saturating_sub(top).min(height);
+                for (value, &product) in column.iter_mut().zip(products).skip(above) {
+                    *value -= product.into();
                 }
             }
-        });
+        }
+    });
 }
 
 /// Factors the diagonal tile at rows `start..start + width` of `strip` (columns of height `n`).
@@ -163,39 +191,27 @@ fn invert_tile(strip: &[f64], n: usize, start: usize, width: usize) -> Vec<f64> 
     inverse
 }
 
-/// Replaces the rows from `end` on of the strip by their product with the transposed `inverse`; also returns them,
-/// `[rows, width]` row major.
-fn solve_below(
-    isa: Isa,
-    strip: &mut [f64],
-    n: usize,
-    end: usize,
-    width: usize,
-    inverse: &[f64],
-) -> Vec<f64> {
+/// Replaces the rows from `end` on of the strip by their product with the transposed `inverse`.
+fn solve_below(isa: Isa, strip: &mut [f64], n: usize, end: usize, inverse: &[f64]) {
+    let width = strip.len() / n;
     let inverse = View::col_major(inverse, width, width);
-    let mut solved = vec![0f64; (n - end) * width];
-    let source = &*strip;
-    solved
-        .par_chunks_mut(TASK * width)
-        .enumerate()
-        .for_each(|(task, out)| {
-            let (first, count) = (end + task * TASK, out.len() / width);
-            let mut rows = vec![0f64; out.len()];
-            for (j, column) in source.chunks(n).enumerate() {
-                for (row, &value) in rows.chunks_mut(width).zip(&column[first..first + count]) {
-                    row[j] = value;
-                }
-            }
-            let rows = View::row_major(&rows, count, width);
-            product(isa, out, width, Store::Replace, rows, inverse.transpose());
-        });
+    let below = View::row_major(strip, width, n);
+    let pieces: Vec<Vec<f64>> = (end..n)
+        .into_par_iter()
+        .step_by(TASK)
+        .map(|first| {
+            let count = TASK.min(n - first);
+            let mut solved = vec![0f64; width * count];
+            let below = below.subcols(first, count);
+            product(isa, &mut solved, count, Store::Replace, inverse, below);
+            solved
+        })
+        .collect();
     strip.par_chunks_mut(n).enumerate().for_each(|(j, column)| {
-        for (value, solved) in column[end..].iter_mut().zip(solved.chunks(width)) {
-            *value = solved[j];
+        for (rows, solved) in column[end..].chunks_mut(TASK).zip(&pieces) {
+            rows.copy_from_slice(&solved[j * rows.len()..][..rows.len()]);
         }
     });
-    solved
 }
 
 #[cfg(test)]
@@ -226,7 +242,7 @@ mod tests {
 
     #[test]
     fn factor_reproduces_the_matrix() {
-        // Around the borders of strips and tasks (256) and of rows (512).
+        // Around the borders of strips, tasks and rows (256), and beyond a span (1024).
         let sizes = [1, 2, 255, 256, 257, 300, 513, 700, 1100];
         for (n, products, epsilon) in sizes.into_iter().flat_map(|n| {
             let single = (n, Products::Single, f64::from(f32::EPSILON));

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use qbin_runtime::kernels::gemm::{Store, View, product};
+use qbin_runtime::kernels::gemm::{COLS, Operand, Right, Store, View, product};
 use qbin_runtime::kernels::gram::Slab;
 use qbin_runtime::kernels::{Isa, Vectorized};
 
@@ -118,8 +118,8 @@ struct Refinement<'a, 'b> {
     out: &'a mut Panel<'b>,
     rows: usize,
     groups: usize,
-    /// `W − Q`, `[n, rows]`; zero for dead columns.
-    errors: Vec<f32>,
+    /// `W − Q`, `[rows, n]`; zero for dead columns.
+    errors: Right<f32>,
     /// Decrease of the loss, per row.
     gained: Vec<f64>,
     moves: u64,
@@ -136,13 +136,15 @@ impl<'a, 'b> Refinement<'a, 'b> {
         let n = curvature.n;
         let groups = grid.scheme().groups(n);
         let rows = weight.len() / n;
-        let mut errors = vec![0f32; weight.len()];
+        let mut errors = Right::zeros(rows, n);
+        let mut column = vec![0f32; rows];
         for group in 0..groups {
             for col in grid.columns(group, n).filter(|&col| curvature.live(col)) {
-                for (row, error) in errors[col * rows..][..rows].iter_mut().enumerate() {
+                for (row, error) in column.iter_mut().enumerate() {
                     let (at, params) = (row * n + col, out.params(row * groups + group));
                     *error = weight[at] - params.value(out.codes[at]);
                 }
+                errors.set(col, &column);
             }
         }
         Self {
@@ -161,10 +163,17 @@ impl<'a, 'b> Refinement<'a, 'b> {
     }
 
     fn finish(self) -> Gain {
-        let square = |&e: &f32| f64::from(e) * f64::from(e);
+        let mut column = vec![0f32; self.rows];
+        let mut error = 0.0;
+        for col in 0..self.curvature.n {
+            self.errors.get(col, &mut column);
+            error = column
+                .iter()
+                .fold(error, |sum, &e| sum + f64::from(e) * f64::from(e));
+        }
         Gain {
             loss: self.gained.iter().sum(),
-            error: self.errors.iter().map(square).sum(),
+            error,
         }
     }
 
@@ -185,14 +194,19 @@ impl<'a, 'b> Refinement<'a, 'b> {
             }
         }
         let order: Vec<usize> = columns.clone().collect();
+        let mut errors = vec![0f32; len * rows];
+        self.errors.get(first, &mut errors);
         let mut part = Part {
             curvature: self.curvature,
             kept: kept(self.zeros, n, rows, &order),
             columns: columns.clone(),
-            gradient: self.product(h.subrows(first, len), &self.errors),
-            bend: self.product(h.submatrix(first, first, len, len), &steps),
+            gradient: self.product(h.subrows(first, len), self.errors.all()),
+            bend: self.product(
+                h.submatrix(first, first, len, len),
+                View::row_major(&steps, len, rows),
+            ),
             steps,
-            errors: &mut self.errors[first * rows..][..len * rows],
+            errors: &mut errors,
             gained: &mut self.gained,
             moves: &mut self.moves,
         };
@@ -219,12 +233,12 @@ impl<'a, 'b> Refinement<'a, 'b> {
             }
             self.out.set(row * self.groups + group, params[row]);
         }
+        self.errors.set(first, &errors);
     }
 
     /// `h·x` for `x[.., rows]`.
-    fn product(&self, h: View<'_, f32>, x: &[f32]) -> Vec<f32> {
+    fn product(&self, h: View<'_, f32>, x: impl Operand<f32, COLS>) -> Vec<f32> {
         let mut out = vec![0f32; h.rows() * self.rows];
-        let x = View::row_major(x, h.cols(), self.rows);
         product(self.isa, &mut out, self.rows, Store::Replace, h, x);
         out
     }

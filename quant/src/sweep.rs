@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use qbin_runtime::kernels::gemm::{Store, View, product, transpose};
+use qbin_runtime::kernels::gemm::{COLS, Operand, Right, Store, View, product, transpose};
 use qbin_runtime::kernels::{Isa, Vectorized};
 
 use crate::factor::{Block, Factor};
@@ -43,8 +43,8 @@ pub(crate) struct Sweep<'a, 'b> {
     weight: View<'a, f32>,
     /// Weights held at zero, `[rows, n]`.
     zeros: Option<&'a [bool]>,
-    /// The errors `W − Q` of finished columns, `[n, rows]` in sweep order.
-    errors: Vec<f32>,
+    /// The errors `W − Q` of finished blocks, `[rows, n]` in sweep order.
+    errors: Right<f32>,
     out: &'a mut Panel<'b>,
     tally: Tally,
 }
@@ -59,14 +59,15 @@ impl<'a, 'b> Sweep<'a, 'b> {
         zeros: Option<&'a [bool]>,
         out: &'a mut Panel<'b>,
     ) -> Self {
+        let rows = weight.len() / factor.n();
         Self {
             isa: Isa::detect(),
             factor,
             grid,
             importance,
-            weight: View::row_major(weight, weight.len() / factor.n(), factor.n()),
+            weight: View::row_major(weight, rows, factor.n()),
             zeros,
-            errors: vec![0f32; weight.len()],
+            errors: Right::zeros(rows, factor.n()),
             out,
             tally: Tally::default(),
         }
@@ -77,9 +78,10 @@ impl<'a, 'b> Sweep<'a, 'b> {
         for block in &self.factor.blocks {
             let weights = self.gather(block);
             let mut current = weights.clone();
-            block.correct(self.isa, &mut current, &self.errors, rows);
+            let start = block.places.start;
+            block.correct(self.isa, &mut current, self.errors.head(start), rows);
+            let mut errors = vec![0f32; weights.len()];
             for (group, places) in &block.groups {
-                let start = block.places.start;
                 let inside = places.start - start..places.end - start;
                 let order = &self.factor.order[places.clone()];
                 let kept = kept(self.zeros, self.factor.n(), rows, order);
@@ -92,7 +94,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
                     rounders: &rounders,
                     kept: &kept,
                     weights: &weights,
-                    errors: &mut self.errors[start * rows..],
+                    errors: &mut errors,
                     current: &mut current,
                     codes: &mut codes,
                     tally: &mut self.tally,
@@ -104,6 +106,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
                     }
                 }
             }
+            self.errors.set(start, &errors);
         }
         self.tally
     }
@@ -152,12 +155,17 @@ impl<'a, 'b> Sweep<'a, 'b> {
 
 impl Block {
     /// Corrects the weights of the block, `[width, rows]`, to what they are before its first column is decided. `errors`
-    /// begins with the errors `W − Q` of all columns before the block, `[start, rows]` in sweep order.
-    pub(crate) fn correct(&self, isa: Isa, weights: &mut [f32], errors: &[f32], rows: usize) {
-        let (start, width) = (self.places.start, self.places.len());
+    /// are the errors `W − Q` of all columns before the block, `[start, rows]` in sweep order.
+    pub(crate) fn correct(
+        &self,
+        isa: Isa,
+        weights: &mut [f32],
+        errors: impl Operand<f32, COLS>,
+        rows: usize,
+    ) {
+        let width = self.places.len();
         let mut feedback = vec![0f32; rows * width];
-        let errors = View::row_major(&errors[..rows * start], start, rows);
-        let before = View::row_major(&self.before, width, start);
+        let before = self.before.all();
         product(isa, &mut feedback, rows, Store::Replace, before, errors);
         let inverse = View::row_major(&self.inverse, width, width).transpose();
         let feedback = View::row_major(&feedback, width, rows);
@@ -205,7 +213,7 @@ struct Columns<'a> {
     kept: &'a [f32],
     /// `[width, rows]`.
     weights: &'a [f32],
-    /// `[width, rows]`, and what comes after the block.
+    /// `[width, rows]`.
     errors: &'a mut [f32],
     /// `[width, rows]`.
     current: &'a mut [f32],

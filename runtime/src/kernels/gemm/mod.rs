@@ -6,6 +6,7 @@
 
 mod bf16;
 mod columns;
+mod operand;
 mod pack;
 mod tile;
 mod transpose;
@@ -14,12 +15,13 @@ mod view;
 use std::ops::Range;
 
 use super::isa::{Isa, Vectorized};
-use tile::{COLS, ROWS, Tile};
+use tile::Tile;
 
 #[cfg(target_arch = "x86_64")]
 pub(in crate::kernels) use bf16::agrees;
 pub use bf16::{Rounded, product_rounded};
-pub use tile::Element;
+pub use operand::{Left, Operand, Packed, Right, Terms};
+pub use tile::{COLS, Element, ROWS};
 pub use transpose::transpose;
 pub use view::View;
 
@@ -48,11 +50,11 @@ pub fn product<T: Element>(
     out: &mut [T],
     stride: usize,
     store: Store,
-    a: View<'_, T>,
-    b: View<'_, T>,
+    a: impl Operand<T, ROWS>,
+    b: impl Operand<T, COLS>,
 ) {
-    assert_eq!(a.cols(), b.rows(), "inner dimensions");
-    let (rows, depth, cols) = (a.rows(), a.cols(), b.cols());
+    assert_eq!(a.terms(), b.terms(), "inner dimensions");
+    let (rows, depth, cols) = (a.lines(), a.terms(), b.lines());
     if rows == 0 || cols == 0 {
         return;
     }
@@ -65,17 +67,16 @@ pub fn product<T: Element>(
         rows.for_each(|row| row[..cols].fill(T::default()));
     }
     let width = PACKED_BYTES / (DEPTH * size_of::<T>());
-    let columns = b.transpose();
-    let mut packed_a = vec![T::default(); DEPTH.min(depth) * ROWS];
-    let mut packed_b =
-        vec![T::default(); DEPTH.min(depth) * width.min(cols.next_multiple_of(COLS))];
+    let mut packed_a = scratch(a, depth, ROWS);
+    let mut packed_b = scratch(b, depth, width.min(cols.next_multiple_of(COLS)));
     for left in (0..cols).step_by(width) {
         let starts = (left..cols.min(left + width)).step_by(COLS);
         for first in (0..depth).step_by(DEPTH) {
             let terms = first..depth.min(first + DEPTH);
-            let panels = packed_b.chunks_exact_mut(terms.len() * COLS);
-            for (col, panel) in starts.clone().zip(panels) {
-                pack::pack::<T, COLS>(isa, columns, col, terms.clone(), panel);
+            let (size_a, size_b) = (terms.len() * ROWS, terms.len() * COLS);
+            for (at, col) in starts.clone().enumerate() {
+                let place = packed_b.get_mut(at * size_b..(at + 1) * size_b);
+                b.copy(isa, col, terms.clone(), place.unwrap_or_default());
             }
             // Only the first part replaces what was there.
             let store = match store {
@@ -83,12 +84,14 @@ pub fn product<T: Element>(
                 store => store,
             };
             for top in (0..rows).step_by(ROWS) {
-                let packed_a = &mut packed_a[..terms.len() * ROWS];
-                pack::pack::<T, ROWS>(isa, a, top, terms.clone(), packed_a);
-                let panels = packed_b.chunks_exact(terms.len() * COLS);
-                for (col, panel) in starts.clone().zip(panels) {
+                let place = packed_a.get_mut(..size_a).unwrap_or_default();
+                a.copy(isa, top, terms.clone(), place);
+                let left = a.panel(top, terms.clone(), place);
+                for (at, col) in starts.clone().enumerate() {
+                    let place = packed_b.get(at * size_b..(at + 1) * size_b);
+                    let right = b.panel(col, terms.clone(), place.unwrap_or_default());
                     let mut sums: Tile<T> = [[T::default(); COLS]; ROWS];
-                    T::tile(isa, packed_a.as_chunks().0, panel.as_chunks().0, &mut sums);
+                    T::tile(isa, left, right, &mut sums);
                     isa.run(Put {
                         out: &mut out[top * stride..],
                         stride,
@@ -101,6 +104,16 @@ pub fn product<T: Element>(
             }
         }
     }
+}
+
+/// Memory for the panels of `lines` lines; none where the operand brings its own.
+fn scratch<T: Element, A: Operand<T, W>, const W: usize>(
+    _: A,
+    depth: usize,
+    lines: usize,
+) -> Vec<T> {
+    let lines = if A::COPIED { lines } else { 0 };
+    vec![T::default(); DEPTH.min(depth) * lines]
 }
 
 /// Takes the columns `cols` of the first `rows` rows of an output from a tile.

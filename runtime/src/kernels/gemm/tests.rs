@@ -260,3 +260,52 @@ fn rounded_products_have_the_bits_of_products_of_the_rounded() {
         }
     }
 }
+
+#[test]
+fn packed_operands_give_the_same_bits() {
+    for (rows, depth, cols) in SHAPES {
+        // More terms than the product takes, as while columns are still being decided.
+        let all = depth + 3;
+        let (a, b) = (values(rows * depth, 1), values(all * cols, 2));
+        let (left, right) = (
+            View::row_major(&a, rows, depth),
+            View::row_major(&b[..depth * cols], depth, cols),
+        );
+        for isa in Isa::available() {
+            let mut expected = vec![f32::NAN; rows * cols];
+            product(isa, &mut expected, cols, Store::Replace, left, right);
+            let packed_left = Left::new(isa, left);
+            let mut packed_right = Right::zeros(cols, all);
+            packed_right.set(0, &b);
+            let heads = (packed_left.all(), packed_right.head(depth));
+            let mut got = [(); 3].map(|()| vec![f32::NAN; rows * cols]);
+            product(isa, &mut got[0], cols, Store::Replace, heads.0, heads.1);
+            product(isa, &mut got[1], cols, Store::Replace, left, heads.1);
+            product(isa, &mut got[2], cols, Store::Replace, heads.0, right);
+            let all_equal = got.iter().all(|got| *got == expected);
+            assert!(all_equal, "{rows} x {depth} x {cols}, {}", isa.level());
+        }
+    }
+}
+
+#[test]
+fn packed_terms_are_read_as_they_were_written() {
+    for (lines, terms) in [(1, 1), (31, 5), (32, 4), (33, 7), (70, 300)] {
+        let written = values(lines * terms, 3);
+        let mut packed = Right::zeros(lines, terms);
+        let (first, rest) = written.split_at(lines * (terms / 2));
+        packed.set(terms / 2, rest);
+        packed.set(0, first);
+        let mut read = vec![f32::NAN; written.len()];
+        packed.get(0, &mut read);
+        assert_eq!(read, written, "{lines} x {terms}");
+        packed.get(terms - 1, &mut read[..lines]);
+        assert_eq!(read[..lines], written[lines * (terms - 1)..]);
+        let whole = Right::new(Isa::detect(), View::col_major(&written, lines, terms));
+        for first in (0..lines).step_by(COLS) {
+            // Zeros beyond the last line, too.
+            let panels = [&whole, &packed].map(|m| m.all().panel(first, 0..terms, &[]).to_vec());
+            assert_eq!(panels[0], panels[1], "{lines} x {terms}");
+        }
+    }
+}

@@ -8,10 +8,10 @@ use std::ops::{AddAssign, SubAssign};
 use super::columns;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
-/// Rows of a tile.
-pub(super) const ROWS: usize = 8;
-/// Columns of a tile.
-pub(super) const COLS: usize = 32;
+/// Rows of a tile, and of a panel of a left operand.
+pub const ROWS: usize = 8;
+/// Columns of a tile, and of a panel of a right operand.
+pub const COLS: usize = 32;
 
 /// The sums of a tile.
 pub(super) type Tile<T> = [[T; COLS]; ROWS];
