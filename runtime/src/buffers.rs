@@ -38,3 +38,29 @@ pub(crate) fn with_own<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
         result
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_keeps_its_memory_and_grows() {
+        let mut buffer = Buffer::default();
+        buffer.get(6).fill(1.0);
+        let before = buffer.get(4).as_ptr();
+        assert_eq!(buffer.get(6), [1.0; 6]);
+        assert_eq!(buffer.get(6).as_ptr(), before);
+        assert_eq!(buffer.get(9).len(), 9);
+        assert_eq!(buffer.into_vec(7).len(), 7);
+    }
+
+    #[test]
+    fn a_threads_buffer_is_kept_and_never_given_out_twice() {
+        with_own(3, |outer| {
+            outer.fill(1.0);
+            with_own(3, |inner| inner.fill(2.0));
+            assert_eq!(outer, [1.0; 3]);
+        });
+        with_own(2, |again| assert_eq!(again, [1.0; 2]));
+    }
+}

@@ -101,6 +101,11 @@ mod tests {
             );
             let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(max(&values), largest, "{len}");
+            for at in 0..len {
+                let mut values = values.clone();
+                values[at] = 1.0;
+                assert_eq!(max(&values), 1.0, "{at} of {len}");
+            }
         }
     }
 }
