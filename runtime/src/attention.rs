@@ -51,14 +51,15 @@ struct Attention<'a> {
 }
 
 /// Rotated queries (the first `q_dim` elements of each row of `q[tokens, stride]`) to the mixed values
-/// `[tokens, q_dim]`. A token sees itself and what came before it, at most `window` positions in all.
+/// `out[tokens, q_dim]`. A token sees itself and what came before it, at most `window` positions in all.
 pub(crate) fn attend(
     cpu: &Cpu,
     config: &ModelConfig,
     (q, stride): (&[f32], usize),
     spans: &[Span<'_>],
     window: Option<usize>,
-) -> Vec<f32> {
+    out: &mut [f32],
+) {
     let group = config.num_heads / config.num_kv_heads;
     let tile_tokens = (TILE_QUERIES / group).max(1);
     let mut tiles = Vec::new();
@@ -77,11 +78,11 @@ pub(crate) fn attend(
         window,
         tiles,
     };
-    work.run()
+    work.run(out);
 }
 
 impl Attention<'_> {
-    fn run(&self) -> Vec<f32> {
+    fn run(&self, out: &mut [f32]) {
         let heads = self.config.num_kv_heads;
         let group_dim = self.config.q_dim() / heads;
         let rows: Vec<_> = self.tiles.iter().map(|tile| tile.rows.clone()).collect();
@@ -91,11 +92,10 @@ impl Attention<'_> {
         // Few queries over many positions: the splits are shared out as well.
         let few = self.tiles.len() * heads < 2 * self.cpu.pool.threads();
         let parts = if few { self.split_states() } else { Vec::new() };
-        let mut out = vec![0.0; self.q.len() / self.stride * self.config.q_dim()];
         let stride = self.config.q_dim();
         self.cpu
             .pool
-            .grid(&mut out, stride, &rows, &columns, |tile, head, mut out| {
+            .grid(out, stride, &rows, &columns, |tile, head, mut out| {
                 let state = match few {
                     true => self.merged(tile, head, &parts),
                     false => self.state(tile, head, 0..self.tiles[tile].splits()),
@@ -107,7 +107,6 @@ impl Attention<'_> {
                     }
                 }
             });
-        out
     }
 
     /// The states of single splits with what they belong to, in order.
@@ -231,8 +230,17 @@ mod tests {
                     past,
                     cache: &cache,
                 };
-                let mixed = attend(cpu, &self.config, (rows, stride), &[span], self.window);
-                out.extend(mixed);
+                let first = out.len();
+                out.resize(first + len * q_dim, f32::NAN);
+                let q = (rows, stride);
+                attend(
+                    cpu,
+                    &self.config,
+                    q,
+                    &[span],
+                    self.window,
+                    &mut out[first..],
+                );
                 past += len;
             }
             out

@@ -5,6 +5,7 @@
 
 use crate::attention::{Span, attend};
 use crate::batch::{Batch, windows};
+use crate::buffers::{Buffer, with_own};
 use crate::kernels::{Columns, elementwise};
 use crate::kv_cache::{BlockCache, HeadShape};
 use crate::linear::{Input, check_finite};
@@ -51,6 +52,20 @@ pub enum Side {
 impl Side {
     /// Both, in order.
     pub const ALL: [Self; 2] = [Self::Inner, Self::Outer];
+}
+
+/// What a block computes on the way. Kept from block to block.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    normed: Buffer,
+    inner: Inner,
+}
+
+/// Of these, what lies between inner and outer linears.
+#[derive(Default)]
+struct Inner {
+    heads: Buffer,
+    mixed: Buffer,
 }
 
 /// One decoder block.
@@ -127,12 +142,14 @@ impl<'m> Block<'m> {
 
     /// `norm(x)`: what the inner linears read. `x` is `[tokens, hidden]`.
     pub fn normed(&self, sublayer: Sublayer, x: &[f32]) -> Vec<f32> {
-        rms_norm(
-            self.cpu,
-            x,
-            &self.norms[sublayer as usize],
-            self.config.rms_norm_eps,
-        )
+        let mut out = vec![0.0; x.len()];
+        self.norm(sublayer, x, &mut out);
+        out
+    }
+
+    fn norm(&self, sublayer: Sublayer, x: &[f32], out: &mut [f32]) {
+        let weight = &self.norms[sublayer as usize];
+        rms_norm(self.cpu, x, weight, self.config.rms_norm_eps, out);
     }
 
     /// What the outer linear reads, for windows that all start at position 0: `normed` is
@@ -146,7 +163,10 @@ impl<'m> Block<'m> {
     ) -> Vec<f32> {
         let tokens = normed.len() / self.config.hidden_size;
         let batch = Batch::new(cpu, self.rope, windows(tokens, window_tokens));
-        self.mixed_rows(cpu, sublayer, normed, &batch, None)
+        let mut inner = Inner::default();
+        let mixed = self.mixed_rows(cpu, sublayer, normed, &batch, None, &mut inner);
+        let len = mixed.len();
+        inner.mixed.into_vec(len)
     }
 
     /// What the sublayer adds to the stream, for windows that all start at position 0; a few windows at a time,
@@ -175,70 +195,78 @@ impl<'m> Block<'m> {
         x: &mut Vec<f32>,
         batch: &Batch,
         mut caches: Option<&mut [KvCache]>,
+        Buffers { normed, inner }: &mut Buffers,
     ) {
         for sublayer in Sublayer::ALL {
-            let normed = self.normed(sublayer, x);
-            let mixed = self.mixed_rows(self.cpu, sublayer, &normed, batch, caches.as_deref_mut());
+            let normed = normed.get(x.len());
+            self.norm(sublayer, x, normed);
+            let caches = caches.as_deref_mut();
+            let mixed = self.mixed_rows(self.cpu, sublayer, normed, batch, caches, inner);
             if let (Sublayer::Attention, Some(wanted)) = (sublayer, batch.wanted()) {
                 *x = wanted.of(x, self.config.hidden_size);
             }
-            self.add_outer(self.cpu, sublayer, &mixed, x);
+            self.add_outer(self.cpu, sublayer, mixed, x);
         }
     }
 
-    fn mixed_rows(
+    fn mixed_rows<'b>(
         &self,
         cpu: &Cpu,
         sublayer: Sublayer,
         normed: &[f32],
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
-    ) -> Vec<f32> {
+        Inner { heads, mixed }: &'b mut Inner,
+    ) -> &'b [f32] {
+        let outer = self.linear(LinearKind::at(sublayer, Side::Outer)[0]);
+        let out = mixed.get(batch.results() * outer.cols);
         match sublayer {
-            Sublayer::Attention => self.attention(cpu, normed, batch, caches),
-            Sublayer::Mlp => self.gated(cpu, normed),
+            Sublayer::Attention => self.attention(cpu, normed, batch, caches, heads, out),
+            Sublayer::Mlp => self.gated(cpu, normed, out),
         }
+        out
     }
 
-    /// `silu(gate) · up`, `[tokens, inner]`.
-    fn gated(&self, cpu: &Cpu, normed: &[f32]) -> Vec<f32> {
+    /// `silu(gate) · up`, `out[tokens, inner]`.
+    fn gated(&self, cpu: &Cpu, normed: &[f32], out: &mut [f32]) {
         let inner = self.config.intermediate_size;
         let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
         let input = Input::new(cpu, normed, &[gate, up]);
         let tokens = normed.len() / self.config.hidden_size;
-        let mut out = vec![0.0; tokens * inner];
         let ranges = gate.chunks();
-        cpu.pool
-            .columns(&mut out, inner, &ranges, |chunk, mut out| {
-                let rows = &ranges[chunk];
-                gate.rows(cpu, &input, rows.clone(), &mut out);
-                let mut ups = vec![0.0; tokens * rows.len()];
-                let mut columns = Columns::whole(&mut ups, rows.len());
+        cpu.pool.columns(out, inner, &ranges, |chunk, mut out| {
+            let rows = &ranges[chunk];
+            gate.rows(cpu, &input, rows.clone(), &mut out);
+            with_own(tokens * rows.len(), |ups| {
+                let mut columns = Columns::whole(ups, rows.len());
                 up.rows(cpu, &input, rows.clone(), &mut columns);
                 for (token, up) in ups.chunks_exact(rows.len()).enumerate() {
                     elementwise::silu_times(cpu.isa, out.row(token), up);
                 }
             });
-        out
+        });
     }
 
-    /// The mixed values of the wanted rows, `[rows, q_dim]`.
+    /// The mixed values of the wanted rows, `out[rows, q_dim]`.
     fn attention(
         &self,
         cpu: &Cpu,
         normed: &[f32],
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
-    ) -> Vec<f32> {
+        heads: &mut Buffer,
+        out: &mut [f32],
+    ) {
         use LinearKind::{K, Q, V};
         let kv_dim = self.config.kv_dim();
         let all = match batch.wanted() {
-            None => self.heads(cpu, normed, &[Q, K, V], batch.angles()),
-            Some(_) => self.heads(cpu, normed, &[K, V], batch.angles()),
+            None => self.heads(cpu, normed, &[Q, K, V], batch.angles(), heads),
+            Some(_) => self.heads(cpu, normed, &[K, V], batch.angles(), heads),
         };
+        let mut wanted_heads = Buffer::default();
         let queries = batch.wanted().map(|wanted| {
             let normed = wanted.of(normed, self.config.hidden_size);
-            let heads = self.heads(cpu, &normed, &[Q], wanted.angles());
+            let heads = self.heads(cpu, &normed, &[Q], wanted.angles(), &mut wanted_heads);
             (heads, wanted.rows())
         });
         let mut own: Vec<BlockCache> = Vec::new();
@@ -279,13 +307,20 @@ impl<'m> Block<'m> {
             })
             .collect();
         let window = self.config.sliding_window[self.index];
-        let queries = (queries.values.as_slice(), queries.width);
-        attend(cpu, self.config, queries, &spans, window)
+        let queries = (queries.values, queries.width);
+        attend(cpu, self.config, queries, &spans, window, out);
     }
 
     /// What some of q, k and v make of every row, side by side, queries and keys normed (where the model has such
     /// norms) and turned.
-    fn heads(&self, cpu: &Cpu, normed: &[f32], kinds: &[LinearKind], angles: &Angles) -> Heads {
+    fn heads<'b>(
+        &self,
+        cpu: &Cpu,
+        normed: &[f32],
+        kinds: &[LinearKind],
+        angles: &Angles,
+        values: &'b mut Buffer,
+    ) -> Heads<'b> {
         let linears: Vec<_> = kinds.iter().map(|&kind| self.linear(kind)).collect();
         let input = Input::new(cpu, normed, &linears);
         let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
@@ -298,13 +333,12 @@ impl<'m> Block<'m> {
             }
             width += linear.rows;
         }
-        let mut values = vec![0.0; normed.len() / self.config.hidden_size * width];
-        cpu.pool
-            .columns(&mut values, width, &columns, |chunk, mut out| {
-                let (linear, rows) = &chunks[chunk];
-                linear.rows(cpu, &input, rows.clone(), &mut out);
-            });
-        self.turn(&mut values, kinds, width, angles);
+        let values = values.get(normed.len() / self.config.hidden_size * width);
+        cpu.pool.columns(values, width, &columns, |chunk, mut out| {
+            let (linear, rows) = &chunks[chunk];
+            linear.rows(cpu, &input, rows.clone(), &mut out);
+        });
+        self.turn(values, kinds, width, angles);
         Heads { values, width }
     }
 
@@ -335,13 +369,13 @@ impl<'m> Block<'m> {
 }
 
 /// Queries, keys or values of some rows, side by side.
-struct Heads {
+struct Heads<'a> {
     /// `[rows, width]`.
-    values: Vec<f32>,
+    values: &'a [f32],
     width: usize,
 }
 
-impl Heads {
+impl Heads<'_> {
     fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.width..][..self.width]
     }
@@ -388,18 +422,16 @@ pub(crate) fn load_linear<'m>(
     })
 }
 
-/// Root-mean-square norm over rows as wide as `weight`: `x / sqrt(mean(x²) + eps) · weight`.
-pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+/// Root-mean-square norm over rows as wide as `weight`: `out = x / sqrt(mean(x²) + eps) · weight`.
+pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     let rows = rows_per_part(width);
-    let mut out = vec![0.0; x.len()];
-    cpu.pool.parts(&mut out, rows * width, |part, out| {
+    cpu.pool.parts(out, rows * width, |part, out| {
         let x = &x[part * rows * width..];
         for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             elementwise::rms_norm(cpu.isa, x, weight, eps, out);
         }
     });
-    out
 }
 
 /// Rows of a unit of elementwise work.

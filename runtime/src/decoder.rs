@@ -1,7 +1,8 @@
 //! The whole decoder: token ids in, logits out.
 
 use crate::batch::{Batch, Rows};
-use crate::block::{Block, load_linear, load_vector, rms_norm};
+use crate::block::{Block, Buffers, load_linear, load_vector, rms_norm};
+use crate::buffers::Buffer;
 use crate::config::ModelConfig;
 use crate::rope::Rope;
 use crate::spec::{self, EMBEDDING, FINAL_NORM, HEAD};
@@ -184,25 +185,28 @@ impl<'m> Decoder<'m> {
         let mut caches = caches;
         let Parts { cpu, rope, .. } = self.parts;
         let mut batch = Batch::new(cpu, rope, rows);
+        let mut buffers = Buffers::default();
         for (index, block) in self.blocks.iter().enumerate() {
             if index + 1 == self.blocks.len() {
                 batch = batch.wanting(cpu, rope, wanted);
             }
-            block.forward(&mut x, &batch, caches.as_deref_mut());
+            block.forward(&mut x, &batch, caches.as_deref_mut(), &mut buffers);
         }
         let last = self.blocks.len().saturating_sub(1);
         finite(&x, last, self.config().hidden_size, |row| batch.row(row))?;
-        Ok(rms_norm(
-            &self.parts.cpu,
-            &x,
-            &self.norm,
-            self.config().rms_norm_eps,
-        ))
+        let mut out = vec![0.0; x.len()];
+        rms_norm(cpu, &x, &self.norm, self.config().rms_norm_eps, &mut out);
+        Ok(out)
     }
 
     /// The logits of rows of [`Decoder::forward`]'s result, `[rows, vocab]`.
     pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
         self.head.apply(&self.parts.cpu, hidden)
+    }
+
+    /// The same in a buffer.
+    pub(crate) fn logits_in<'b>(&self, hidden: &[f32], out: &'b mut Buffer) -> &'b [f32] {
+        self.head.apply_in(&self.parts.cpu, hidden, out)
     }
 }
 

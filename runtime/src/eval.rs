@@ -3,13 +3,14 @@
 //! Every figure belongs to a [`Protocol`], because the same words name different numbers. Errors are
 //! standard errors over windows: tokens of one window are not independent of each other.
 
+use crate::buffers::Buffer;
 use crate::kernels::Isa;
 use crate::kernels::logits::{argmax, divergence, log_sum_exp};
 use crate::{Decoder, RuntimeError};
 use serde::Serialize;
 
-/// Tokens run at once.
-const BATCH_TOKENS: usize = 2048;
+/// Tokens run at once: enough that arithmetic is the bound; of more, what a linear makes would not stay in the second cache.
+const BATCH_TOKENS: usize = 512;
 /// Logits held at once, per model.
 const LOGITS: usize = 1 << 24;
 
@@ -339,6 +340,7 @@ fn score<T: Send>(
     assert!(!windows.is_empty(), "no windows to score");
     let vocab = decoders[0].config().vocab_size;
     let mut out = Vec::new();
+    let mut buffers: Vec<Buffer> = decoders.iter().map(|_| Buffer::default()).collect();
     let per_batch = (BATCH_TOKENS / protocol.window).max(1);
     for (batch, chunk) in windows.chunks(per_batch).enumerate() {
         progress(batch * per_batch, windows.len());
@@ -356,13 +358,14 @@ fn score<T: Send>(
             .collect();
         let at_once = (LOGITS / vocab).max(1);
         for (part, targets) in targets.chunks(at_once).enumerate() {
-            let logits: Vec<Vec<f32>> = decoders
+            let logits: Vec<&[f32]> = decoders
                 .iter()
                 .zip(&hidden)
-                .map(|(decoder, hidden)| {
+                .zip(&mut buffers)
+                .map(|((decoder, hidden), buffer)| {
                     let width = decoder.config().hidden_size;
                     let hidden = &hidden[part * at_once * width..][..targets.len() * width];
-                    decoder.logits(hidden)
+                    decoder.logits_in(hidden, buffer)
                 })
                 .collect();
             let pool = &decoders[0].cpu().pool;

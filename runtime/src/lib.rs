@@ -12,6 +12,7 @@
 mod attention;
 mod batch;
 mod block;
+mod buffers;
 pub mod config;
 mod cpu;
 mod decoder;

@@ -1,5 +1,6 @@
 //! One linear layer: `y = x · Wᵀ + b`.
 
+use crate::buffers::{Buffer, with_own};
 use crate::kernels::dense::{Dense, matmul_dense};
 use crate::kernels::gemm::{Rounded, Store, View, product, product_rounded};
 use crate::kernels::{Activations, Columns, Isa, activation_group, elementwise, matmul};
@@ -105,13 +106,22 @@ impl Linear<'_> {
     /// # Panics
     /// If `x` is not a whole number of rows of `cols`.
     pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
+        let mut out = Buffer::default();
+        let len = self.apply_in(cpu, x, &mut out).len();
+        out.into_vec(len)
+    }
+
+    /// The same in a buffer.
+    ///
+    /// # Panics
+    /// As [`Self::apply`].
+    pub(crate) fn apply_in<'b>(&self, cpu: &Cpu, x: &[f32], out: &'b mut Buffer) -> &'b [f32] {
         let input = Input::new(cpu, x, &[self]);
-        let mut out = vec![0.0; input.tokens() * self.rows];
+        let out = out.get(input.tokens() * self.rows);
         let ranges = self.chunks();
-        cpu.pool
-            .columns(&mut out, self.rows, &ranges, |chunk, mut out| {
-                self.rows(cpu, &input, ranges[chunk].clone(), &mut out);
-            });
+        cpu.pool.columns(out, self.rows, &ranges, |chunk, mut out| {
+            self.rows(cpu, &input, ranges[chunk].clone(), &mut out);
+        });
         out
     }
 
@@ -126,12 +136,13 @@ impl Linear<'_> {
         let ranges = self.chunks();
         cpu.pool.columns(y, self.rows, &ranges, |chunk, mut y| {
             let width = y.width();
-            let mut sums = vec![0.0; tokens * width];
-            let mut columns = Columns::whole(&mut sums, width);
-            self.rows(cpu, &input, ranges[chunk].clone(), &mut columns);
-            for (token, sums) in sums.chunks_exact(width).enumerate() {
-                elementwise::add(cpu.isa, y.row(token), sums);
-            }
+            with_own(tokens * width, |sums| {
+                let mut columns = Columns::whole(sums, width);
+                self.rows(cpu, &input, ranges[chunk].clone(), &mut columns);
+                for (token, sums) in sums.chunks_exact(width).enumerate() {
+                    elementwise::add(cpu.isa, y.row(token), sums);
+                }
+            });
         });
     }
 

@@ -7,10 +7,10 @@
 //!
 //! ```text
 //! m' = max(m, max s);  c = exp(m − m') (1 if m' = m);  p = exp(s − m'), 0 where the query must not look
-//! l = l·c + Σp (16 lanes, then the lanes in order);  acc = fma(p_j, v_j, acc·c), j in order
+//! l = l·c + Σp in 16 lanes, p_j in lane j mod 16, j in order;  acc = fma(p_j, v_j, acc·c), j in order
 //! ```
 //!
-//! Splits are merged in order in the same way. Nothing of this depends on which queries are computed together, so a
+//! Splits are merged in order in the same way; the lanes of `l` are added, in order, only at the end. Nothing of this depends on which queries are computed together, so a
 //! result has the same bits for every batch, thread count and instruction set. Pages in which a query sees nothing do
 //! not change its state, so it does not matter whether they are visited.
 
@@ -26,6 +26,9 @@ pub(crate) const SPLIT: usize = 8 * PAGE;
 /// independent sums for every machine.
 const QUERIES: usize = 6;
 
+/// Lanes of a sum of probabilities.
+const LANES: usize = 16;
+
 /// Some queries that look at the same key-value head.
 pub(crate) struct Queries<'a> {
     /// `[queries, head_dim]`, rotated, multiplied by `1/√head_dim`.
@@ -39,8 +42,8 @@ pub(crate) struct Queries<'a> {
 pub(crate) struct State {
     /// Largest score so far; −∞ before the first.
     max: Vec<f32>,
-    /// Sum of `exp(score − max)`.
-    sum: Vec<f32>,
+    /// Sum of `exp(score − max)`, in lanes.
+    sum: Vec<[f32; LANES]>,
     /// Sum of `exp(score − max) · value`, `[queries, value_width]`.
     mixed: Vec<f32>,
 }
@@ -49,14 +52,14 @@ impl State {
     pub(crate) fn new(queries: usize, value_width: usize) -> Self {
         Self {
             max: vec![f32::NEG_INFINITY; queries],
-            sum: vec![0.0; queries],
+            sum: vec![[0.0; LANES]; queries],
             mixed: vec![0.0; queries * value_width],
         }
     }
 
     fn clear(&mut self) {
         self.max.fill(f32::NEG_INFINITY);
-        self.sum.fill(0.0);
+        self.sum.fill([0.0; LANES]);
         self.mixed.fill(0.0);
     }
 
@@ -68,7 +71,7 @@ impl State {
     /// The result of query `query`, as many channels as `out` has.
     pub(crate) fn write(&self, query: usize, out: &mut [f32]) {
         let width = self.mixed.len() / self.max.len();
-        let scale = 1.0 / self.sum[query];
+        let scale = 1.0 / self.sum[query].iter().sum::<f32>();
         for (out, mixed) in out.iter_mut().zip(&self.mixed[query * width..]) {
             *out = mixed * scale;
         }
@@ -156,42 +159,53 @@ impl<const WIDTH: usize> Vectorized for Wide<'_, WIDTH> {
         let width = cache.shape().value_width();
         for page in pages {
             let (keys, values) = cache.page(page, head);
-            let start = page * PAGE;
-            scores.fill(0.0);
-            product::<WIDTH>(queries.q, dim, dim, keys, PAGE, scores);
+            let in_page = |position: usize| position.saturating_sub(page * PAGE).min(PAGE);
+            let ends = queries.seen.iter().map(|seen| in_page(seen.end));
+            // The keys beyond `used` have probability 0 for all queries, and the scores beyond `scored` no reader.
+            let used = ends.max().unwrap_or(0);
+            let scored = used.next_multiple_of(LANES);
+            let q = Factor {
+                values: queries.q,
+                stride: dim,
+                depth: dim,
+            };
+            product::<WIDTH, true>(q, keys, PAGE, scored, scores);
             let rows = scores.chunks_exact_mut(PAGE).zip(queries.seen);
-            let mut used = 0;
             for (query, (scores, seen)) in rows.enumerate() {
-                let from = seen.start.clamp(start, start + PAGE) - start;
-                let to = seen.end.clamp(start, start + PAGE) - start;
-                let mixed = &mut state.mixed[query * width..][..width];
                 softmax_step(
-                    scores,
-                    from..to,
+                    &mut scores[..scored],
+                    in_page(seen.start)..in_page(seen.end),
                     &mut state.max[query],
                     &mut state.sum[query],
-                    mixed,
+                    &mut state.mixed[query * width..][..width],
                 );
-                used = used.max(to);
             }
-            // The keys beyond `used` have probability 0 for all of them.
-            product::<WIDTH>(scores, PAGE, used, values, width, &mut state.mixed);
+            let probabilities = Factor {
+                values: scores,
+                stride: PAGE,
+                depth: used,
+            };
+            product::<WIDTH, false>(probabilities, values, width, width, &mut state.mixed);
         }
     }
 }
 
-/// Turns the scores of one query and page into probabilities relative to the new maximum, and rescales what was there.
+/// Turns the scores of one query and page, whole lanes, into probabilities relative to the new maximum, and rescales
+/// what was there.
 #[inline(always)]
 fn softmax_step(
     scores: &mut [f32],
     seen: Range<usize>,
     max: &mut f32,
-    sum: &mut f32,
+    sum: &mut [f32; LANES],
     mixed: &mut [f32],
 ) {
+    let partly = seen != (0..scores.len());
     let blank = |scores: &mut [f32], value: f32| {
-        scores[..seen.start].fill(value);
-        scores[seen.end..].fill(value);
+        if partly {
+            scores[..seen.start].fill(value);
+            scores[seen.end..].fill(value);
+        }
     };
     blank(scores, f32::NEG_INFINITY);
     // A NaN is passed over here, but its exponential is not.
@@ -201,81 +215,92 @@ fn softmax_step(
         *score = math::exp(*score - new);
     }
     blank(scores, 0.0);
-    let added = math::sum(scores, |p| p);
     if new > *max {
         let correction = math::exp(*max - new);
-        *sum *= correction;
+        sum.iter_mut().for_each(|sum| *sum *= correction);
         mixed.iter_mut().for_each(|mixed| *mixed *= correction);
         *max = new;
     }
-    *sum += added;
+    let mut added = [0f32; LANES];
+    for lanes in scores.as_chunks::<LANES>().0 {
+        for (added, p) in added.iter_mut().zip(lanes) {
+            *added += p;
+        }
+    }
+    for (sum, added) in sum.iter_mut().zip(added) {
+        *sum += added;
+    }
 }
 
-/// `c[rows, columns] += a[rows, depth] · b[depth, columns]`, each element a chain of FMAs over `depth` in order. Rows
-/// of `a` follow each other at `stride`; `b` and `c` have rows of `columns`, a multiple of 16.
-#[inline(always)]
-fn product<const WIDTH: usize>(
-    a: &[f32],
+/// The left factor of a product: rows of `depth` elements that follow each other at `stride`.
+#[derive(Clone, Copy)]
+struct Factor<'a> {
+    values: &'a [f32],
     stride: usize,
     depth: usize,
+}
+
+/// `c += a · b`, or `c = a · b` where `NEW`, of which only the first `columns` columns are computed. Each element is a
+/// chain of FMAs over the depth, in order. `b` and `c` have rows of `stride`; it and `columns` are multiples of 16.
+#[inline(always)]
+fn product<const WIDTH: usize, const NEW: bool>(
+    a: Factor<'_>,
     b: &[f32],
+    stride: usize,
     columns: usize,
     c: &mut [f32],
 ) {
-    let rows = c.len() / columns;
-    let mut row = 0;
-    while row < rows {
-        let (a, c) = (&a[row * stride..], &mut c[row * columns..]);
+    for (number, c) in c.chunks_mut(QUERIES * stride).enumerate() {
+        let a = Factor {
+            values: &a.values[number * QUERIES * a.stride..],
+            ..a
+        };
         // Fewer rows in registers only where no more are left.
-        match rows - row {
-            1 => rows_product::<1, WIDTH>(a, stride, depth, b, columns, c),
-            2 => rows_product::<2, WIDTH>(a, stride, depth, b, columns, c),
-            3 => rows_product::<3, WIDTH>(a, stride, depth, b, columns, c),
-            4 => rows_product::<4, WIDTH>(a, stride, depth, b, columns, c),
-            5 => rows_product::<5, WIDTH>(a, stride, depth, b, columns, c),
-            _ => rows_product::<QUERIES, WIDTH>(a, stride, depth, b, columns, c),
+        match c.len() / stride {
+            1 => rows_product::<1, WIDTH, NEW>(a, b, stride, columns, c),
+            2 => rows_product::<2, WIDTH, NEW>(a, b, stride, columns, c),
+            3 => rows_product::<3, WIDTH, NEW>(a, b, stride, columns, c),
+            4 => rows_product::<4, WIDTH, NEW>(a, b, stride, columns, c),
+            5 => rows_product::<5, WIDTH, NEW>(a, b, stride, columns, c),
+            _ => rows_product::<QUERIES, WIDTH, NEW>(a, b, stride, columns, c),
         }
-        row += QUERIES;
     }
 }
 
 #[inline(always)]
-fn rows_product<const ROWS: usize, const WIDTH: usize>(
-    a: &[f32],
-    stride: usize,
-    depth: usize,
+fn rows_product<const ROWS: usize, const WIDTH: usize, const NEW: bool>(
+    a: Factor<'_>,
     b: &[f32],
+    stride: usize,
     columns: usize,
     c: &mut [f32],
 ) {
     let mut column = 0;
     while column + WIDTH <= columns {
-        tile::<ROWS, WIDTH>(a, stride, depth, &b[column..], columns, &mut c[column..]);
+        tile::<ROWS, WIDTH, NEW>(a, &b[column..], stride, &mut c[column..]);
         column += WIDTH;
     }
     if column < columns {
-        tile::<ROWS, 16>(a, stride, depth, &b[column..], columns, &mut c[column..]);
+        tile::<ROWS, 16, NEW>(a, &b[column..], stride, &mut c[column..]);
     }
 }
 
 #[inline(always)]
-fn tile<const ROWS: usize, const WIDTH: usize>(
-    a: &[f32],
-    stride: usize,
-    depth: usize,
+fn tile<const ROWS: usize, const WIDTH: usize, const NEW: bool>(
+    a: Factor<'_>,
     b: &[f32],
-    columns: usize,
+    stride: usize,
     c: &mut [f32],
 ) {
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a[row * stride..][..depth]);
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a.values[row * a.stride..][..a.depth]);
     let mut sums = [[0f32; WIDTH]; ROWS];
-    for (row, sums) in sums.iter_mut().enumerate() {
-        sums.copy_from_slice(&c[row * columns..][..WIDTH]);
+    if !NEW {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            sums.copy_from_slice(&c[row * stride..][..WIDTH]);
+        }
     }
-    for at in 0..depth {
-        let b: &[f32; WIDTH] = b[at * columns..][..WIDTH]
-            .try_into()
-            .expect("of this width");
+    for at in 0..a.depth {
+        let b: &[f32; WIDTH] = b[at * stride..][..WIDTH].try_into().expect("of this width");
         for (sums, a) in sums.iter_mut().zip(rows) {
             for (sum, b) in sums.iter_mut().zip(b) {
                 *sum = a[at].mul_add(*b, *sum);
@@ -283,7 +308,7 @@ fn tile<const ROWS: usize, const WIDTH: usize>(
         }
     }
     for (row, sums) in sums.iter().enumerate() {
-        c[row * columns..][..WIDTH].copy_from_slice(sums);
+        c[row * stride..][..WIDTH].copy_from_slice(sums);
     }
 }
 
@@ -312,7 +337,9 @@ impl Vectorized for Merge<'_> {
             };
             let (a, b) = (weight(old), weight(new));
             into.max[query] = max;
-            into.sum[query] = later.sum[query].mul_add(b, into.sum[query] * a);
+            for (sum, later) in into.sum[query].iter_mut().zip(&later.sum[query]) {
+                *sum = later.mul_add(b, *sum * a);
+            }
             let mixed = into.mixed[query * width..][..width].iter_mut();
             for (mixed, later) in mixed.zip(&later.mixed[query * width..]) {
                 *mixed = later.mul_add(b, *mixed * a);
