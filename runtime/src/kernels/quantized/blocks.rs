@@ -24,8 +24,6 @@ const QUADS: usize = STEP / 4;
 /// Tokens for which the weights are streamed once: memory is the bound, not arithmetic. Several panels at a time are
 /// several streams, and one core reads those faster than one.
 const STREAMED: usize = 4;
-/// Tokens for which twice as many panels fit the registers.
-const WIDE: usize = 2;
 /// How far ahead in each stream the codes are then fetched into the second cache, in bytes. Behind the last of them comes
 /// the beginning of the panel that its stream goes on with.
 const PREFETCH: usize = 1024;
@@ -52,27 +50,24 @@ impl<V: Vectors> Blocks<'_, '_, V> {
         let panels = panels.clone();
         let tokens = 0..x.tokens();
         if tokens.len() <= STREAMED {
-            let most = match tokens.len() <= WIDE && V::PANELS > 1 {
-                true => 2 * V::PANELS,
-                false => V::PANELS,
-            };
-            return self.panels(panels, most, tokens);
+            return self.panels(panels, tokens);
         }
         many::run(self.v, self.product);
     }
 
-    /// All panels, `most` at a time.
-    fn panels(&mut self, mut panels: Range<usize>, most: usize, tokens: Range<usize>) {
+    /// All panels, as many at a time as fit.
+    fn panels(&mut self, mut panels: Range<usize>, tokens: Range<usize>) {
         while !panels.is_empty() {
-            let widths = [most, V::PANELS, 1].into_iter();
-            let count = widths.filter(|&width| width <= panels.len()).max();
-            let count = count.expect("one panel fits");
+            let count = match panels.len() < V::PANELS {
+                true => 1,
+                false => V::PANELS,
+            };
             self.blocks(panels.start, count, tokens.clone());
             panels.start += count;
         }
     }
 
-    /// Some panels: 1, [`Vectors::PANELS`], or twice that.
+    /// Some panels: 1 or [`Vectors::PANELS`].
     fn blocks(&mut self, panel: usize, panels: usize, tokens: Range<usize>) {
         let bits = self.product.w.scheme.bits;
         for tokens in parts(tokens, V::TOKENS) {
@@ -95,12 +90,6 @@ impl<V: Vectors> Blocks<'_, '_, V> {
                 2 => self.block::<BYTES, 4, 2, 1>(at),
                 3 => self.block::<BYTES, 4, 3, 1>(at),
                 _ => self.block::<BYTES, 4, 4, 1>(at),
-            };
-        }
-        if V::PANELS == 4 && panels == 8 {
-            return match tokens {
-                1 => self.block::<BYTES, 8, 1, 1>(at),
-                _ => self.block::<BYTES, 8, 2, 1>(at),
             };
         }
         // Few sums are doubled: each waits for its own dot product before.
