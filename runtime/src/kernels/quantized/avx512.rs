@@ -65,6 +65,18 @@ impl Vectors for Avx512 {
     }
 
     #[inline(always)]
+    fn high_in_place(self, bytes: &[u8; 64]) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_andnot_si512(_mm512_set1_epi8(15), self.codes(bytes)) }
+    }
+
+    #[inline(always)]
+    fn of_high_in_place(self, sums: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_srai_epi32::<4>(sums) }
+    }
+
+    #[inline(always)]
     fn quad(self, activations: &[i8; 4]) -> __m512i {
         // SAFETY: as above.
         unsafe { _mm512_set1_epi32(i32::from_le_bytes(activations.map(i8::cast_unsigned))) }

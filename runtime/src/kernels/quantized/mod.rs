@@ -10,7 +10,7 @@
 //! conversion: a group has at most 128 columns ([`activation_group`](super::activation_group)), hence
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
 //!
-//! Where to look: `portable` is the definition, `blocks` (few tokens) and `many` the algorithms of the fast kernels over
+//! Where to look: `portable` is the definition, `few` and `many` (tokens) the algorithms of the fast kernels over
 //! `vectors`, which one file per instruction set implements. `sparse` makes dense tiles of sparse weights.
 
 #[cfg(any(target_arch = "x86_64", test))]
@@ -20,6 +20,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod few;
 mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;

@@ -107,13 +107,6 @@ impl<'a> Panels<'a> {
         }
     }
 
-    /// Where that will be written, to be fetched.
-    #[inline(always)]
-    pub(super) fn address(&self, token: usize, panel: usize) -> *const u8 {
-        let row = panel * TILE_ROWS - self.rows.start;
-        self.first.wrapping_add(token * self.stride + row).cast()
-    }
-
     #[inline(always)]
     fn rows(&mut self, token: usize, panel: usize) -> &mut [f32] {
         let row = panel * TILE_ROWS;

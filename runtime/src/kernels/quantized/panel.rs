@@ -4,8 +4,6 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
-use super::vectors::Vectors;
-
 /// Bytes of one vector of codes: 16 rows × 4 columns.
 pub(super) const VECTOR: usize = 64;
 
@@ -53,6 +51,7 @@ pub(super) struct Panel<'a> {
 }
 
 impl<'a> Panel<'a> {
+    #[inline(always)]
     pub(super) fn of(w: &QuantizedView<'a>, panel: usize) -> Self {
         let [codes, scales, zero_points] = panel_bytes(w);
         Self {
@@ -86,20 +85,6 @@ impl<'a> Panel<'a> {
     #[inline(always)]
     pub(super) fn stored_zero_points(&self, group: usize) -> &'a [u8; TILE_ROWS] {
         &self.zero_points.as_chunks().0[group]
-    }
-
-    /// Fetches what is stored for the same group some panels later.
-    #[inline(always)]
-    pub(super) fn prefetch_parameters<V: Vectors>(&self, v: V, group: usize, panels: usize) {
-        for (stored, bytes) in [(self.scales, 2 * TILE_ROWS), (self.zero_points, TILE_ROWS)] {
-            if !stored.is_empty() {
-                v.prefetch(
-                    stored
-                        .as_ptr()
-                        .wrapping_add(panels * stored.len() + group * bytes),
-                );
-            }
-        }
     }
 
     /// Scales of a weight group, one per row.

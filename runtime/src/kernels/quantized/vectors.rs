@@ -31,6 +31,16 @@ pub(super) trait Vectors: Copy {
     fn low(self, bytes: &[u8; 64]) -> Self::Codes;
     /// Codes from the high nibbles.
     fn high(self, bytes: &[u8; 64]) -> Self::Codes;
+    /// Codes from the high nibbles as they are there, sixteenfold, if their products are exact, too.
+    #[inline(always)]
+    fn high_in_place(self, bytes: &[u8; 64]) -> Self::Codes {
+        self.high(bytes)
+    }
+    /// What sums of their products are of those of the codes.
+    #[inline(always)]
+    fn of_high_in_place(self, sums: Self::Int) -> Self::Int {
+        sums
+    }
     /// Four activations for every row.
     fn quad(self, activations: &[i8; 4]) -> Self::Quad;
     /// A sum that begins with `start`.
