@@ -1,8 +1,9 @@
 //! The product for few tokens, which memory bounds.
 //!
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
-//! core's own prefetching follows as fast as memory answers; several streams at a time and software prefetches were slower.
-//! Each load is followed by its products: where loads stand together, the core finds fewer of the next misses early.
+//! core's own prefetching follows as fast as memory answers; for one or two tokens, several streams at a time and software
+//! prefetches were slower. Each load is followed by its products: where loads stand together, the core finds fewer of the
+//! next misses early.
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -19,6 +20,11 @@ use crate::kernels::isa::Vectorized;
 
 /// Tokens for which the weights are streamed once.
 pub(super) const TOKENS: usize = 4;
+
+/// Products of one vector's codes above which a core sees the next loads too late.
+const LATE: usize = 4;
+/// How far ahead codes are then fetched, in bytes.
+const AHEAD: usize = 2048;
 
 /// Computes a product.
 pub(super) fn run<V: Vectors>(v: V, mut product: Product) {
@@ -116,6 +122,9 @@ fn sums_of<V: Vectors, const BYTES: usize, const T: usize>(
         }
         for quad in 0..QUADS {
             let vector = &vectors[quad * BYTES / 512];
+            if T * 512 / BYTES > LATE && quad % 2 == 0 {
+                v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
+            }
             let codes = match (BYTES, quad % 2, odd) {
                 (512, ..) => v.codes(vector),
                 (_, 0, _) => v.low(vector),
