@@ -1,7 +1,7 @@
 //! Cholesky factorization in place, in f64, the same for every number of threads.
 
-use qbin_runtime::kernels::Isa;
 use qbin_runtime::kernels::gemm::{Element, Left, Right, Store, View, product};
+use qbin_runtime::kernels::{Isa, pages};
 use rayon::prelude::*;
 
 /// Columns eliminated at once.
@@ -112,7 +112,7 @@ fn subtract_outer<T: Precision>(
         return;
     }
     let (depth, size) = (done.len() / n, n - first);
-    let mut strip = vec![T::default(); depth * size];
+    let mut strip = pages::zeros::<T>(depth * size);
     let rounding = strip.par_chunks_mut(size).zip(done.par_chunks(n));
     rounding.for_each(|(strip, done)| {
         let values = strip.iter_mut().zip(&done[first..]);

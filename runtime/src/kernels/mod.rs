@@ -24,6 +24,7 @@ pub mod gram;
 mod isa;
 pub mod limits;
 pub(crate) mod logits;
+pub mod pages;
 mod pool;
 mod quantized;
 
