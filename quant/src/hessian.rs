@@ -174,10 +174,7 @@ impl Moments {
         self.settle();
         self.spare.clear();
         let factor = 2.0 / self.count();
-        self.second
-            .par_iter_mut()
-            .for_each(|value| *value *= factor);
-        mirror(&mut self.second, self.n);
+        scale_and_mirror(&mut self.second, self.n, factor);
         Hessian {
             n: self.n,
             values: self.second,
@@ -204,14 +201,16 @@ impl Moments {
     }
 }
 
-/// Copies the lower triangle (column ≤ row) onto the upper, in tiles that stay in cache.
-fn mirror(values: &mut [f64], n: usize) {
+/// Multiplies the lower triangle (column ≤ row) and copies it onto the upper, in tiles that stay in cache.
+fn scale_and_mirror(values: &mut [f64], n: usize, factor: f64) {
     const TILE: usize = 32;
     for top in (0..n).step_by(TILE) {
         for left in (0..=top).step_by(TILE) {
             for row in top..n.min(top + TILE) {
-                for col in left..row.min(left + TILE) {
-                    values[col * n + row] = values[row * n + col];
+                for col in left..(row + 1).min(left + TILE) {
+                    let value = values[row * n + col] * factor;
+                    values[row * n + col] = value;
+                    values[col * n + row] = value;
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::QUAD;
 use super::tile::WIDTH;
+use crate::kernels::ahead;
 use crate::kernels::isa::Vectorized;
 
 /// The largest code.
@@ -77,18 +78,11 @@ impl Vectorized for Rounding<'_> {
     }
 }
 
-/// Fetches the `columns` of the next tokens into the second cache.
+/// Fetches the `columns` of the next tokens.
 #[inline(always)]
 fn fetch(rows: &[f32], features: usize, columns: Range<usize>) {
     for row in rows.chunks_exact(features).take(TOKENS) {
-        for line in row[columns.clone()].chunks(16) {
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: a prefetch is a hint for any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
-            }
-        }
+        ahead::fetch(&row[columns.clone()]);
     }
 }
 
