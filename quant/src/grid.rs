@@ -1,13 +1,15 @@
 //! The set of values a weight may take, and the choice of its scale and zero point.
 
+mod search;
+
 use std::ops::Range;
 
-use half::f16;
 use qbin_format::Scheme;
 use qbin_runtime::kernels::{Isa, Vectorized};
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
+use search::Search;
 
 /// Columns that share one scale and zero point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,17 +55,13 @@ pub struct GroupParams {
     pub zero_point: u8,
 }
 
-/// Ranges tried.
-const SHRINK_STEPS: u32 = 9;
-/// Part of the range that each step takes off.
-const SHRINK: f32 = 0.05;
-/// Where the symmetric candidates begin, in units of "the largest magnitude has the lowest code".
-const WIDEST: f32 = 1.15;
-/// Rounds of "refit the scale to the codes, then the codes to the scale".
-const REFITS: usize = 3;
 /// `1.5 · 2²³`: adding and subtracting it rounds |x| < 2²² to an integer, ties to even. The same result
 /// as `round_ties_even`, which is a library call per element on baseline x86-64.
 const TO_INTEGER: f32 = 12_582_912.0;
+/// The least magnitude of an f16, of a normal one, and the most.
+const LEAST_F16: f32 = 1.0 / (1 << 24) as f32;
+const NORMAL_F16: f32 = 1.0 / (1 << 14) as f32;
+const MOST_F16: f32 = 65504.0;
 /// Accumulators of a sum; fixed, because the order of additions is part of the result.
 const LANES: usize = 16;
 
@@ -105,6 +103,7 @@ impl Grid {
     }
 
     /// The lowest and the highest code in use.
+    #[inline]
     pub fn codes(&self) -> (u8, u8) {
         let last = u8::MAX >> (8 - self.bits);
         if self.symmetric {
@@ -135,30 +134,15 @@ impl Grid {
         weights: &[f32],
         importance: Option<&[f32]>,
     ) -> GroupParams {
-        let (low, high) = isa.run(Extremes(weights));
-        let plain = self.range_params(low, high);
-        if self.search == ScaleSearch::None || (low == 0.0 && high == 0.0) {
-            return plain;
-        }
-        let ones;
-        let importance = match importance {
-            Some(importance) => importance,
-            None => {
-                ones = vec![1.0; weights.len()];
-                &ones
-            }
-        };
-        assert_eq!(importance.len(), weights.len(), "one importance per weight");
-        Search {
-            isa,
+        isa.run(Choice {
             grid: self,
             weights,
             importance,
-        }
-        .run(plain, low, high)
+        })
     }
 
     /// Min/max parameters of the range `low ..= high`, `low ≤ 0 ≤ high`.
+    #[inline(always)]
     fn range_params(&self, low: f32, high: f32) -> GroupParams {
         let (low, high) = if low == 0.0 && high == 0.0 {
             (-1.0, 1.0)
@@ -181,6 +165,7 @@ impl Grid {
     }
 
     /// The rounding that `params` define.
+    #[inline(always)]
     pub fn rounder(&self, params: GroupParams) -> Rounder {
         let (first, last) = self.codes();
         let zero = f32::from(params.zero_point);
@@ -201,11 +186,20 @@ impl GroupParams {
     }
 }
 
-/// The nearest magnitude that f16 can hold and that is neither zero nor infinite.
+/// The nearest magnitude that f16 can hold and that is neither zero nor infinite. Written out, since a conversion there and
+/// back is two calls per candidate of a search.
+#[inline(always)]
 pub(crate) fn storable(scale: f32) -> f32 {
-    let smallest = f16::from_bits(1).to_f32();
-    let magnitude = scale.abs().clamp(smallest, f16::MAX.to_f32());
-    f16::from_f32(magnitude).to_f32().copysign(scale)
+    let magnitude = scale.abs().clamp(LEAST_F16, MOST_F16);
+    let rounded = if magnitude < NORMAL_F16 {
+        // Multiples of 2⁻²⁴, which is what f32 can hold from 0.5 to 1.
+        (magnitude + 0.5) - 0.5
+    } else {
+        // Thirteen bits less, ties to even.
+        let bits = magnitude.to_bits();
+        f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff)
+    };
+    rounded.copysign(scale)
 }
 
 /// Rounds weights of one group to its grid.
@@ -221,7 +215,14 @@ impl Rounder {
     /// The nearest level as `code − zero_point`, ties to even, clamped to the grid.
     #[inline(always)]
     pub fn steps(&self, weight: f32) -> f32 {
-        let inside = (weight / self.scale).max(self.low).min(self.high);
+        let level = weight / self.scale;
+        // Comparisons instead of `max` and `min`, which take care of NaN at the cost of two more instructions each.
+        let inside = if level > self.low { level } else { self.low };
+        let inside = if inside < self.high {
+            inside
+        } else {
+            self.high
+        };
         (inside + TO_INTEGER) - TO_INTEGER
     }
 
@@ -242,58 +243,6 @@ impl Rounder {
     pub fn clips(&self, weight: f32, steps: f32) -> bool {
         (weight - self.value(steps)).abs() > 0.501 * self.scale.abs()
     }
-}
-
-/// The weighted squared errors of rounding a group.
-struct Errors<'a> {
-    rounder: Rounder,
-    weights: &'a [f32],
-    importance: &'a [f32],
-}
-
-impl Vectorized for Errors<'_> {
-    /// `Σ h·e²`, `Σ h·e·n`, `Σ h·n²` with the levels `n` and the errors `e = w − scale·n`.
-    type Output = [f32; 3];
-
-    #[inline(always)]
-    fn run(self) -> [f32; 3] {
-        let (mut ee, mut en, mut nn) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
-        let (weights, w_rest) = self.weights.as_chunks::<LANES>();
-        let (importance, h_rest) = self.importance.as_chunks::<LANES>();
-        let mut add = |w: &[f32; LANES], h: &[f32; LANES]| {
-            for lane in 0..LANES {
-                let n = self.rounder.steps(w[lane]);
-                let e = w[lane] - self.rounder.value(n);
-                let he = h[lane] * e;
-                ee[lane] = he.mul_add(e, ee[lane]);
-                en[lane] = he.mul_add(n, en[lane]);
-                nn[lane] = (h[lane] * n).mul_add(n, nn[lane]);
-            }
-        };
-        for (w, h) in weights.iter().zip(importance) {
-            add(w, h);
-        }
-        if !w_rest.is_empty() {
-            // Weights of no importance leave the sums as they are.
-            let padded =
-                |rest: &[f32]| std::array::from_fn(|i| rest.get(i).copied().unwrap_or(0.0));
-            add(&padded(w_rest), &padded(h_rest));
-        }
-        [ee, en, nn].map(total)
-    }
-}
-
-/// The sum of the lanes, the upper half to the lower until one is left.
-#[inline(always)]
-fn total(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 /// The least and the largest of some weights and zero.
@@ -317,106 +266,65 @@ impl Vectorized for Extremes<'_> {
     }
 }
 
-/// The search of [`ScaleSearch::Weighted`] over one group.
-struct Search<'a> {
-    isa: Isa,
+/// The choice of a group's parameters.
+struct Choice<'a> {
     grid: &'a Grid,
     weights: &'a [f32],
-    importance: &'a [f32],
+    importance: Option<&'a [f32]>,
 }
 
-impl Search<'_> {
-    /// Best candidate by the closed-form refit, then refits until they stop helping; `plain` stays unless
-    /// something is strictly better by the measured error.
-    fn run(&self, plain: GroupParams, low: f32, high: f32) -> GroupParams {
-        let mut best = (self.error(plain), plain);
-        let mut start = (f32::INFINITY, plain);
-        for candidate in self.candidates(low, high) {
-            let (_, error) = self.refit(candidate);
-            // False for NaN too: no weight counts, or the sums overflowed.
-            if error < start.0 {
-                start = (error, candidate);
-            }
+impl Vectorized for Choice<'_> {
+    type Output = GroupParams;
+
+    #[inline(always)]
+    fn run(self) -> GroupParams {
+        let (low, high) = Extremes(self.weights).run();
+        let plain = self.grid.range_params(low, high);
+        if self.grid.search == ScaleSearch::None || (low == 0.0 && high == 0.0) {
+            return plain;
         }
-        self.improve(start.1, &mut best);
-        if !self.grid.symmetric {
-            let (first, last) = self.grid.codes();
-            let zero = best.1.zero_point;
-            for zero_point in [
-                zero.saturating_sub(1).max(first),
-                zero.saturating_add(1).min(last),
-            ] {
-                self.improve(
-                    GroupParams {
-                        zero_point,
-                        ..best.1
-                    },
-                    &mut best,
-                );
+        let ones;
+        let importance = match self.importance {
+            Some(importance) => importance,
+            None => {
+                ones = vec![1.0; self.weights.len()];
+                &ones
             }
-        }
-        best.1
-    }
-
-    /// Narrowed ranges: at both ends and at either for the asymmetric grid, with both signs of the scale for
-    /// the symmetric.
-    fn candidates(&self, low: f32, high: f32) -> impl Iterator<Item = GroupParams> {
-        let grid = self.grid;
-        let half = f32::from(1u8 << (grid.bits - 1));
-        let largest = high.max(-low);
-        (0..SHRINK_STEPS).flat_map(move |step| {
-            let part = 1.0 - SHRINK * step as f32;
-            let all = if grid.symmetric {
-                // Of either sign, since +largest has a level at `half` steps only where it is negative.
-                let scale = storable(WIDEST * part * largest / half);
-                let zero_point = grid.scheme().mid();
-                [Some(scale), Some(-scale), None]
-                    .map(|scale| scale.map(|scale| GroupParams { scale, zero_point }))
-            } else {
-                [(part, part), (part, 1.0), (1.0, part)]
-                    .map(|(l, h)| Some(grid.range_params(l * low, h * high)))
-            };
-            all.into_iter().flatten()
-        })
-    }
-
-    /// Refits the scale to the codes while that lowers the error, and keeps the best in `best`.
-    fn improve(&self, start: GroupParams, best: &mut (f32, GroupParams)) {
-        let mut params = start;
-        for _ in 0..REFITS {
-            let (scale, _) = self.refit(params);
-            if !scale.is_finite() || scale == 0.0 {
-                return;
-            }
-            params.scale = storable(scale);
-            let error = self.error(params);
-            if error.total_cmp(&best.0).is_ge() {
-                return;
-            }
-            *best = (error, params);
-        }
-    }
-
-    /// `Σ h·(w − ŵ)²`.
-    fn error(&self, params: GroupParams) -> f32 {
-        self.errors(params)[0]
-    }
-
-    /// The scale that suits the present codes best, and the weighted error it leaves with them.
-    ///
-    /// With the levels `n` and errors `e = w − scale·n`: `scale + Σ h·e·n / Σ h·n²` leaves
-    /// `Σ h·e² − (Σ h·e·n)² / Σ h·n²`. Written with `e`, since `w` itself would cancel at eight bits.
-    /// NaN where no weight counts.
-    fn refit(&self, params: GroupParams) -> (f32, f32) {
-        let [ee, en, nn] = self.errors(params);
-        (params.scale + en / nn, ee - en * (en / nn))
-    }
-
-    fn errors(&self, params: GroupParams) -> [f32; 3] {
-        self.isa.run(Errors {
-            rounder: self.grid.rounder(params),
+        };
+        assert_eq!(
+            importance.len(),
+            self.weights.len(),
+            "one importance per weight"
+        );
+        Search {
+            grid: self.grid,
             weights: self.weights,
-            importance: self.importance,
-        })
+            importance,
+        }
+        .run(plain, low, high)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    #[test]
+    fn what_is_storable_is_the_nearest_f16() {
+        // Every f16 but zero, the middle to the next one, which is a tie, and what lies beside that.
+        for bits in 1..f16::MAX.to_bits() {
+            let [value, next] = [bits, bits + 1].map(|bits| f16::from_bits(bits).to_f32());
+            let middle = (value + next) / 2.0;
+            for scale in [value, middle.next_down(), middle, middle.next_up()] {
+                let expected = f16::from_f32(scale).to_f32();
+                assert_eq!(storable(scale).to_bits(), expected.to_bits(), "{scale:e}");
+                assert_eq!(storable(-scale).to_bits(), (-expected).to_bits());
+            }
+        }
+        assert_eq!(storable(0.0), f16::from_bits(1).to_f32());
+        assert_eq!(storable(-1e-30), -f16::from_bits(1).to_f32());
+        assert_eq!(storable(f32::MAX), f16::MAX.to_f32());
     }
 }

@@ -3,6 +3,7 @@
 use qbin_runtime::kernels::Isa;
 use qbin_runtime::kernels::gemm::{Store, View, product};
 use qbin_runtime::kernels::gram::{self, Slab};
+use qbin_runtime::kernels::pages;
 use rayon::prelude::*;
 
 use crate::error::QuantError;
@@ -35,6 +36,8 @@ pub struct Moments {
     /// `Σ x·xᵀ` but for the pending slabs, row major; valid for column ≤ row.
     second: Vec<f64>,
     pending: Vec<Slab>,
+    /// What was pending, for its memory.
+    spare: Vec<Slab>,
     abs_sum: Vec<f64>,
 }
 
@@ -44,8 +47,9 @@ impl Moments {
         Self {
             n,
             tokens: 0,
-            second: vec![0.0; n * n],
+            second: pages::zeros(n * n),
             pending: Vec::new(),
+            spare: Vec::new(),
             abs_sum: vec![0.0; n],
         }
     }
@@ -83,21 +87,22 @@ impl Moments {
     pub fn add(&mut self, x: &[f32]) -> Result<(), QuantError> {
         let n = self.n;
         assert!(x.len().is_multiple_of(n), "x is not [tokens, n]");
-        if let Some(at) = position(x, |v| !(-LARGEST..=LARGEST).contains(&v)) {
-            let token = self.tokens + (at / n) as u64;
-            return Err(QuantError::NonFiniteInput {
-                token,
-                col: at % n,
-                value: x[at],
-            });
-        }
         let isa = Isa::detect();
-        for slab in x.chunks(SLAB * n) {
+        // The sums of a slab tell whether its inputs are fine; of several the first would be added before the last is seen.
+        if n <= EXACT_FEATURES || x.len() > SLAB * n {
+            self.check(x)?;
+        }
+        for x in x.chunks(SLAB * n) {
             if n <= EXACT_FEATURES {
-                self.add_exact(isa, slab);
+                self.add_exact(isa, x);
                 continue;
             }
-            let slab = Slab::new(isa, slab, n);
+            let mut slab = self.spare.pop().unwrap_or_else(|| Slab::empty(n));
+            slab.fill(isa, x);
+            // Not so if one of them is NaN.
+            if !slab.abs_sums().iter().all(|&sum| sum <= f64::from(LARGEST)) {
+                self.check(x)?;
+            }
             for (sum, part) in self.abs_sum.iter_mut().zip(slab.abs_sums()) {
                 *sum += part;
             }
@@ -110,10 +115,22 @@ impl Moments {
         Ok(())
     }
 
+    fn check(&self, x: &[f32]) -> Result<(), QuantError> {
+        let n = self.n;
+        match position(x, |v| !(-LARGEST..=LARGEST).contains(&v)) {
+            Some(at) => Err(QuantError::NonFiniteInput {
+                token: self.tokens + (at / n) as u64,
+                col: at % n,
+                value: x[at],
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Adds what is pending to the sums.
     fn settle(&mut self) {
         gram::add(Isa::detect(), &self.pending, &mut self.second);
-        self.pending.clear();
+        self.spare.append(&mut self.pending);
     }
 
     fn add_exact(&mut self, isa: Isa, x: &[f32]) {
@@ -155,11 +172,9 @@ impl Moments {
     /// The mean of `2·x·xᵀ` over tokens, in the same buffer; zeros where no token was seen.
     pub fn finish(mut self) -> Hessian {
         self.settle();
+        self.spare.clear();
         let factor = 2.0 / self.count();
-        self.second
-            .par_iter_mut()
-            .for_each(|value| *value *= factor);
-        mirror(&mut self.second, self.n);
+        scale_and_mirror(&mut self.second, self.n, factor);
         Hessian {
             n: self.n,
             values: self.second,
@@ -186,14 +201,16 @@ impl Moments {
     }
 }
 
-/// Copies the lower triangle (column ≤ row) onto the upper, in tiles that stay in cache.
-fn mirror(values: &mut [f64], n: usize) {
+/// Multiplies the lower triangle (column ≤ row) and copies it onto the upper, in tiles that stay in cache.
+fn scale_and_mirror(values: &mut [f64], n: usize, factor: f64) {
     const TILE: usize = 32;
     for top in (0..n).step_by(TILE) {
         for left in (0..=top).step_by(TILE) {
             for row in top..n.min(top + TILE) {
-                for col in left..row.min(left + TILE) {
-                    values[col * n + row] = values[row * n + col];
+                for col in left..(row + 1).min(left + TILE) {
+                    let value = values[row * n + col] * factor;
+                    values[row * n + col] = value;
+                    values[col * n + row] = value;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Cholesky factorization in place, in f64, the same for every number of threads.
 
-use qbin_runtime::kernels::Isa;
 use qbin_runtime::kernels::gemm::{Element, Left, Right, Store, View, product};
+use qbin_runtime::kernels::{Isa, pages};
 use rayon::prelude::*;
 
 /// Columns eliminated at once.
@@ -10,6 +10,8 @@ const STRIP: usize = 256;
 const SPAN: usize = 4 * STRIP;
 /// Rows or columns per task of the updates.
 const TASK: usize = 256;
+/// Rows of a tile's inverse multiplied at once.
+const PART: usize = 64;
 /// Rows updated at once: the products of a task's columns with them stay in cache.
 const ROWS: usize = 256;
 
@@ -112,7 +114,7 @@ fn subtract_outer<T: Precision>(
         return;
     }
     let (depth, size) = (done.len() / n, n - first);
-    let mut strip = vec![T::default(); depth * size];
+    let mut strip = pages::zeros::<T>(depth * size);
     let rounding = strip.par_chunks_mut(size).zip(done.par_chunks(n));
     rounding.for_each(|(strip, done)| {
         let values = strip.iter_mut().zip(&done[first..]);
@@ -202,8 +204,14 @@ fn solve_below(isa: Isa, strip: &mut [f64], n: usize, end: usize, inverse: &[f64
         .map(|first| {
             let count = TASK.min(n - first);
             let mut solved = vec![0f64; width * count];
-            let below = below.subcols(first, count);
-            product(isa, &mut solved, count, Store::Replace, inverse, below);
+            let below = Right::new(isa, below.subcols(first, count).transpose());
+            for (part, solved) in solved.chunks_mut(PART * count).enumerate() {
+                // The inverse is triangular: nothing lies behind the last column of the part.
+                let (top, rows) = (part * PART, solved.len() / count);
+                let inverse = inverse.submatrix(top, 0, rows, top + rows);
+                let below = below.head(top + rows);
+                product(isa, solved, count, Store::Replace, inverse, below);
+            }
             solved
         })
         .collect();

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use qbin_runtime::kernels::gemm::{COLS, Operand, Right, Store, View, product};
 use qbin_runtime::kernels::gram::Slab;
-use qbin_runtime::kernels::{Isa, Vectorized};
+use qbin_runtime::kernels::{Isa, Vectorized, pages};
 
 use crate::grid::{Grid, GroupParams, Rounder, storable};
 use crate::rtn::Panel;
@@ -28,10 +28,11 @@ pub(crate) struct Curvature {
 impl Curvature {
     /// From the undamped Hessian; [`Self::damp`] adds the rest once it is known.
     pub(crate) fn new(n: usize, hessian: &[f64]) -> Self {
-        Self {
-            n,
-            values: hessian.iter().map(|&value| value as f32).collect(),
+        let mut values = pages::zeros(n * n);
+        for (value, &exact) in values.iter_mut().zip(hessian) {
+            *value = exact as f32;
         }
+        Self { n, values }
     }
 
     /// Leaves nothing but the diagonal.

@@ -104,23 +104,25 @@ fn scaled_moments_are_those_of_scaled_inputs() {
 
 #[test]
 fn inputs_that_are_not_finite_are_refused_and_change_nothing() {
-    let n = 8;
-    let mut got = moments(&activations(&mut Random(1), 5, n), n);
-    let before = got.clone();
-    for bad in [f32::INFINITY, f32::NEG_INFINITY, 1e17, f32::NAN] {
-        let mut x = vec![1f32; 3 * n];
-        x[2 * n + 6] = bad;
-        let error = got.add(&x).unwrap_err();
-        let QuantError::NonFiniteInput {
-            token: 7,
-            col: 6,
-            value,
-        } = error
-        else {
-            panic!("{error}");
-        };
-        assert_eq!(value.to_bits(), bad.to_bits());
-        assert_eq!(got, before);
+    // Summed in f64; rounded; rounded in two slabs, of which the second is bad.
+    for (n, tokens) in [(8, 3), (300, 3), (300, 2051)] {
+        let mut got = moments(&activations(&mut Random(1), 5, n), n);
+        let before = got.clone();
+        for bad in [f32::INFINITY, f32::NEG_INFINITY, 1e17, f32::NAN] {
+            let mut x = vec![1f32; tokens * n];
+            x[(tokens - 1) * n + 6] = bad;
+            let error = got.add(&x).unwrap_err();
+            let QuantError::NonFiniteInput {
+                token,
+                col: 6,
+                value,
+            } = error
+            else {
+                panic!("{error}");
+            };
+            assert_eq!((token, value.to_bits()), (tokens as u64 + 4, bad.to_bits()));
+            assert_eq!(got, before);
+        }
     }
 }
 

@@ -7,14 +7,15 @@
 //! forward pass and `columns` what each of them writes. The fast path's linears: `activations` rounding to int8, `quantized` packed
 //! and sparse weights, `dense` weights that are not quantized. Between the linears, on every path: `attention`,
 //! `elementwise`, `logits`. Offline and the other paths: [`gemm`] products in f32, f64 and bf16, [`gram`] second
-//! moments.
+//! moments. Under all of them: [`pages`] memory in large pages, `ahead` reads begun early.
 //! [`limits`] measures what the machine could do at most.
 //!
-//! This folder is the only place of the crate where `unsafe` is allowed: instruction sets, tiles and the pool's
-//! borrowed work need it.
+//! This folder is the only place of the crate where `unsafe` is allowed: instruction sets, tiles, the pool's
+//! borrowed work and advice to the system need it.
 #![allow(unsafe_code)]
 
 mod activations;
+mod ahead;
 pub(crate) mod attention;
 mod columns;
 pub(crate) mod dense;
@@ -24,6 +25,7 @@ pub mod gram;
 mod isa;
 pub mod limits;
 pub(crate) mod logits;
+pub mod pages;
 mod pool;
 mod quantized;
 

@@ -8,6 +8,7 @@ use super::View;
 use super::pack::pack;
 use super::tile::{COLS, Element, ROWS};
 use crate::kernels::isa::Isa;
+use crate::kernels::pages;
 
 /// An operand of [`product`](super::product) in the eyes of one side of it: `lines`, the rows of the left one or the columns of
 /// the right one, of `terms` each.
@@ -83,7 +84,7 @@ impl<T: Element, const W: usize> Packed<T, W> {
         Self {
             lines,
             terms,
-            values: vec![T::default(); lines.next_multiple_of(W) * terms],
+            values: pages::zeros(lines.next_multiple_of(W) * terms),
         }
     }
 

@@ -15,6 +15,7 @@ mod tile;
 
 use super::gemm::{Store, View, product};
 use super::isa::{Isa, Vectorized};
+use super::pages;
 use rayon::prelude::*;
 use round::{LARGEST, PANELS, Rounding};
 use tile::{Sums, WIDTH};
@@ -45,41 +46,64 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// Rounds `x` (`[tokens, features]`, row major, finite), massive tokens apart.
+    /// [`Slab::fill`] into memory of its own.
+    ///
+    /// # Panics
+    /// As [`Slab::fill`].
+    pub fn new(isa: Isa, x: &[f32], features: usize) -> Self {
+        let mut slab = Self::empty(features);
+        slab.fill(isa, x);
+        slab
+    }
+
+    /// No tokens.
+    pub fn empty(features: usize) -> Self {
+        let padded = features.next_multiple_of(WIDTH);
+        Self {
+            features,
+            panel_len: 0,
+            words: Vec::new(),
+            scales: vec![0.0; padded],
+            sums: vec![0; padded],
+            abs_sums: vec![0.0; padded],
+            square_sums: vec![0.0; padded],
+            massive: Vec::new(),
+        }
+    }
+
+    /// Rounds `x` (`[tokens, features]`, row major, finite), massive tokens apart, in place of what the slab held.
     ///
     /// # Panics
     /// If `x` is not a whole number of tokens, or more than 65536 of them.
-    pub fn new(isa: Isa, x: &[f32], features: usize) -> Self {
+    pub fn fill(&mut self, isa: Isa, x: &[f32]) {
+        let features = self.features;
         assert!(
             x.len().is_multiple_of(features),
             "x is not [tokens, features]"
         );
         let tokens = x.len() / features;
         assert!(tokens <= MOST_TOKENS, "{tokens} tokens overflow 32 bits");
-        let panel_len = tokens.div_ceil(QUAD) * WIDTH;
-        let padded = features.next_multiple_of(WIDTH);
-        let mut slab = Self {
-            features,
-            panel_len,
-            words: vec![0; padded / WIDTH * panel_len],
-            scales: vec![0.0; padded],
-            sums: vec![0; padded],
-            abs_sums: vec![0.0; padded],
-            square_sums: vec![0.0; padded],
-            massive: Vec::new(),
-        };
-        if tokens == 0 {
-            return slab;
+        self.panel_len = tokens.div_ceil(QUAD) * WIDTH;
+        self.massive.clear();
+        self.scales.fill(0.0);
+        self.sums.fill(0);
+        self.abs_sums.fill(0.0);
+        self.square_sums.fill(0.0);
+        let words = self.scales.len() / WIDTH * self.panel_len;
+        if self.words.len() != words {
+            self.words = pages::zeros(words);
         }
-        slab.round(isa, x);
-        let largest = slab.scales[..features].iter();
+        if tokens == 0 {
+            return;
+        }
+        self.round(isa, x);
+        let largest = self.scales[..features].iter();
         let largest = largest.map(|&scale| f64::from(scale * LARGEST));
-        let massive = massive::massive(x, features, largest, &slab.abs_sums);
+        let massive = massive::massive(x, features, largest, &self.abs_sums);
         // Mostly there are none, and the rounding stands.
         if !massive.is_empty() {
-            slab.keep(isa, x, &massive);
+            self.keep(isa, x, &massive);
         }
-        slab
     }
 
     /// Rounds all tokens.

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::QUAD;
 use super::tile::WIDTH;
+use crate::kernels::ahead;
 use crate::kernels::isa::Vectorized;
 
 /// The largest code.
@@ -49,7 +50,9 @@ impl Vectorized for Rounding<'_> {
         let abs_sums = self.abs_sums.as_chunks_mut::<WIDTH>().0;
         let square_sums = self.square_sums.as_chunks_mut::<WIDTH>().0;
         largest.fill([0.0; WIDTH]);
-        for rows in self.x.chunks(TOKENS * self.features) {
+        for (at, rows) in self.x.chunks(TOKENS * self.features).enumerate() {
+            let ahead = self.x.get((at + 1) * TOKENS * self.features..);
+            fetch(ahead.unwrap_or_default(), self.features, columns.clone());
             let tokens = copy(rows, self.features, columns.clone(), &mut piece);
             let sums = abs_sums.iter_mut().zip(&mut *square_sums);
             for (panel, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
@@ -61,6 +64,8 @@ impl Vectorized for Rounding<'_> {
         let quads = self.words.len() / WIDTH / largest.len();
         let words = self.words.as_chunks_mut::<WIDTH>().0;
         for (at, rows) in self.x.chunks(TOKENS * self.features).enumerate() {
+            let ahead = self.x.get((at + 1) * TOKENS * self.features..);
+            fetch(ahead.unwrap_or_default(), self.features, columns.clone());
             let tokens = copy(rows, self.features, columns.clone(), &mut piece);
             for (panel, (largest, sums)) in largest.iter().zip(&mut *sums).enumerate() {
                 let words = &mut words[panel * quads..][..quads][at * TOKENS / QUAD..];
@@ -70,6 +75,14 @@ impl Vectorized for Rounding<'_> {
         for scale in largest.as_flattened_mut() {
             *scale /= LARGEST;
         }
+    }
+}
+
+/// Fetches the `columns` of the next tokens.
+#[inline(always)]
+fn fetch(rows: &[f32], features: usize, columns: Range<usize>) {
+    for row in rows.chunks_exact(features).take(TOKENS) {
+        ahead::fetch(&row[columns.clone()]);
     }
 }
 

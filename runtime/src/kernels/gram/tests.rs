@@ -135,6 +135,19 @@ fn slabs_add_up() {
 }
 
 #[test]
+fn a_slab_filled_again_is_a_new_one() {
+    // The same number of tokens, fewer, none, more; after massive ones.
+    let features = 70;
+    let isa = Isa::detect();
+    let mut slab = Slab::new(isa, &inputs_with(&[9, 31], 64, features), features);
+    for tokens in [64, 37, 0, 90] {
+        let x = inputs(tokens, features);
+        slab.fill(isa, &x);
+        assert_eq!(slab, Slab::new(isa, &x, features), "{tokens}");
+    }
+}
+
+#[test]
 fn slabs_added_together_give_the_same_bits_as_one_by_one() {
     // Beyond a block of the matrix in both directions; the third slab ends within a quad, the fourth is empty.
     let features = 290;

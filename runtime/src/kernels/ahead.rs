@@ -1,0 +1,19 @@
+//! Fetching ahead what is read next.
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Starts to bring `values` into the second cache; a hint only.
+#[inline(always)]
+pub(super) fn fetch<T>(values: &[T]) {
+    for line in values.chunks((LINE / size_of::<T>()).max(1)) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a prefetch changes nothing, whatever its address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
