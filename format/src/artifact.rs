@@ -44,7 +44,7 @@ pub(crate) enum Stored {
     Quantized {
         scheme: Scheme,
         encoding: Encoding,
-        /// Codes; masks of a sparse encoding; offsets of a bitmask; scales; zero points of an asymmetric scheme.
+        /// Codes; masks and offsets of a bitmask; scales; zero points of an asymmetric scheme.
         parts: Vec<Range<usize>>,
     },
 }
@@ -167,8 +167,8 @@ impl Artifact {
             false => &[],
         };
         let codes = part_if(true);
-        let masks = part_if(encoding != Encoding::Dense);
-        let offsets = part_if(encoding == Encoding::Bitmask);
+        let bitmask = encoding == Encoding::Bitmask;
+        let (masks, offsets) = (part_if(bitmask), part_if(bitmask));
         Some(QuantizedView {
             scheme,
             rows: shape[0],

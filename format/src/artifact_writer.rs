@@ -205,8 +205,8 @@ impl ArtifactWriter {
         Ok(())
     }
 
-    /// Encodes a matrix that was written densely, in the place of its dense codes: each panel's stored codes are at
-    /// most as long as its tiles, and masks and offsets find room behind them because the encoding is smaller.
+    /// Encodes a matrix that was written densely, in the place of its dense codes: each panel takes at most as many bytes
+    /// as its tiles, and masks and offsets find room behind them because the encoding is smaller.
     fn encode(
         &mut self,
         at: usize,

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::header::{self, Part};
 use crate::pack::{PackedSize, TILE_ROWS, tile_bytes};
+use crate::sparse::{MASK_BYTES, block_bytes, blocks_of};
 use crate::{Dtype, Encoding, FormatError, Scheme};
 
 /// The data starts on a multiple of this.
@@ -106,13 +107,11 @@ fn quantized_parts(
     let codes = match encoding {
         Encoding::Dense => tiles(tile_bytes(scheme.bits)),
         Encoding::Bitmask => vec![bytes],
-        Encoding::TwoOfFour => tiles(tile_bytes(scheme.bits) / 2),
+        Encoding::TwoOfFour => vec![size.panels, blocks_of(size.tiles), block_bytes(scheme.bits)],
     };
     let mut parts = vec![("codes", Dtype::U8, codes)];
-    if encoding != Encoding::Dense {
-        parts.push(("masks", Dtype::U8, tiles(encoding.mask_bytes())));
-    }
     if encoding == Encoding::Bitmask {
+        parts.push(("masks", Dtype::U8, tiles(MASK_BYTES)));
         parts.push(("offsets", Dtype::U64, vec![size.panels + 1]));
     }
     parts.push(("scales", Dtype::F16, per_group.clone()));

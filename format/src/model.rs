@@ -139,9 +139,8 @@ impl Weight<'_> {
             Self::Dense(tensor) => tensor.bytes.len(),
             Self::Quantized(matrix) => {
                 let sparsity = match matrix.sparsity {
-                    Sparsity::Dense => 0,
+                    Sparsity::Dense | Sparsity::TwoOfFour => 0,
                     Sparsity::Bitmask { masks, offsets } => masks.len() + offsets.len(),
-                    Sparsity::TwoOfFour { masks } => masks.len(),
                 };
                 matrix.codes.len() + sparsity + matrix.scales.len() + matrix.zero_points.len()
             }

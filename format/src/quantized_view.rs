@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::f16;
 
 use crate::pack::{TILE_COLS, TILE_ROWS, tile_bytes, unpack_row};
-use crate::sparse::{Encoding, expand_panel};
+use crate::sparse::{Encoding, block_bytes, blocks_of, expand_panel};
 use crate::{QuantizedMatrix, Scheme};
 
 /// Which codes of a matrix are stored; the others are their groups' zero points.
@@ -22,11 +22,9 @@ pub enum Sparsity<'a> {
         /// u64 little endian, `[panels + 1]`: where in `codes` each panel starts and the last ends.
         offsets: &'a [u8],
     },
-    /// Two of each four columns: `codes` is `[panels, tiles, 256]` with 4 bits and `[panels, tiles, 512]` with 8.
-    TwoOfFour {
-        /// 48 bits little endian, `[panels, tiles, 16]`: the lower three bits of each row's four.
-        masks: &'a [u8],
-    },
+    /// Two of each four columns, and which: `codes` is `[panels, ⌈tiles/2⌉, 704]` with 4 bits and `[panels, ⌈tiles/2⌉, 1216]`
+    /// with 8.
+    TwoOfFour,
 }
 
 impl<'a> Sparsity<'a> {
@@ -34,7 +32,7 @@ impl<'a> Sparsity<'a> {
         match encoding {
             Encoding::Dense => Self::Dense,
             Encoding::Bitmask => Self::Bitmask { masks, offsets },
-            Encoding::TwoOfFour => Self::TwoOfFour { masks },
+            Encoding::TwoOfFour => Self::TwoOfFour,
         }
     }
 
@@ -43,7 +41,7 @@ impl<'a> Sparsity<'a> {
         match self {
             Self::Dense => Encoding::Dense,
             Self::Bitmask { .. } => Encoding::Bitmask,
-            Self::TwoOfFour { .. } => Encoding::TwoOfFour,
+            Self::TwoOfFour => Encoding::TwoOfFour,
         }
     }
 }
@@ -177,11 +175,10 @@ impl QuantizedView<'_> {
     /// # Panics
     /// If the panel is beyond that.
     pub fn panel_offset(&self, panel: usize) -> usize {
-        let tiles = self.cols.div_ceil(TILE_COLS);
-        let dense = panel * tiles * tile_bytes(self.scheme.bits);
+        let (bits, tiles) = (self.scheme.bits, self.cols.div_ceil(TILE_COLS));
         match self.sparsity {
-            Sparsity::Dense => dense,
-            Sparsity::TwoOfFour { .. } => dense / 2,
+            Sparsity::Dense => panel * tiles * tile_bytes(bits),
+            Sparsity::TwoOfFour => panel * blocks_of(tiles) * block_bytes(bits),
             Sparsity::Bitmask { offsets, .. } => {
                 let (offsets, _) = offsets.as_chunks();
                 // A 32-bit machine cannot have mapped what does not fit.

@@ -1,16 +1,21 @@
 //! Sparse encodings: which codes of a dense tile are stored, and where.
 //!
-//! A weight is zero if its code is its group's zero point. Both encodings store a mask for each quad of a tile (the
-//! 64 codes that four columns of 16 rows have, in the order of the dense 8-bit vector) and the codes it names; every other
-//! code is a zero point. A bitmask's codes follow one another in the order of its bits; those of two of four have places of
-//! their own. `docs/format.md` has the bytes.
+//! A weight is zero if its code is its group's zero point. Both encodings say for each quad (the 64 codes that four columns
+//! of 16 rows have, in the order of the dense 8-bit vector) which codes are stored; every other code is a zero point. A
+//! bitmask's codes follow one another in the order of its bits; those of two of four have places of their own.
+//! `docs/format.md` has the bytes.
 
 use crate::QuantizedView;
 use crate::pack::{TILE_COLS, TILE_ROWS, VECTOR, tile_bytes};
 use crate::quantized_view::Sparsity;
 
-/// Quads of a tile, each with its own mask.
+/// Quads of a tile.
 const QUADS: usize = TILE_COLS / 4;
+
+/// Tiles of a block of two of four.
+const BLOCK_TILES: usize = 2;
+/// Bytes that say which columns a block of two of four stores: three vectors, before its codes.
+const PAIR_BYTES: usize = 3 * VECTOR;
 
 /// How the codes of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,7 +24,7 @@ pub enum Encoding {
     Dense,
     /// A mask of one bit per code, and the codes that are not zero.
     Bitmask,
-    /// A mask of three bits per four columns, and two codes of them; for weights with at most two of four not zero.
+    /// Three bits for each four columns, and two codes of them; for weights with at most two of four not zero.
     TwoOfFour,
 }
 
@@ -37,17 +42,26 @@ impl Encoding {
     pub(crate) fn feature(self) -> Option<&'static str> {
         [None, Some("sparse.bitmask"), Some("sparse.2of4")][self as usize]
     }
+}
 
-    /// Bytes of a tile's masks.
-    pub(crate) fn mask_bytes(self) -> usize {
-        [0, 8 * QUADS, 6 * QUADS][self as usize]
-    }
+/// Bytes of a bitmask's masks for a tile.
+pub(crate) const MASK_BYTES: usize = 8 * QUADS;
+
+/// Blocks of two of four that so many tiles make: the last may have one that is not there, with bytes 0.
+pub(crate) fn blocks_of(tiles: usize) -> usize {
+    tiles.div_ceil(BLOCK_TILES)
+}
+
+/// Bytes of a block of two of four.
+pub(crate) fn block_bytes(bits: u8) -> usize {
+    PAIR_BYTES + BLOCK_TILES * tile_bytes(bits) / 2
 }
 
 /// What decides about a matrix's encoding; of parts of a matrix, their [`Census::add`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Census {
     tiles: usize,
+    blocks: usize,
     panels: usize,
     /// Bytes of all panels' survivors.
     survivors: usize,
@@ -59,6 +73,7 @@ impl Census {
     pub(crate) fn none() -> Self {
         Self {
             tiles: 0,
+            blocks: 0,
             panels: 0,
             survivors: 0,
             two_of_four: true,
@@ -73,8 +88,10 @@ impl Census {
             streams[stream(view.scheme.bits, quad)] += mask.count_ones() as usize;
             two_of_four &= kept_of_four(mask).is_some();
         });
+        let tiles = view.cols.div_ceil(TILE_COLS);
         Self {
-            tiles: view.cols.div_ceil(TILE_COLS),
+            tiles,
+            blocks: blocks_of(tiles),
             panels: 1,
             survivors: streams[0].max(streams[1]),
             two_of_four,
@@ -83,6 +100,7 @@ impl Census {
 
     pub(crate) fn add(&mut self, other: Self) {
         self.tiles += other.tiles;
+        self.blocks += other.blocks;
         self.panels += other.panels;
         self.survivors += other.survivors;
         self.two_of_four &= other.two_of_four;
@@ -92,14 +110,13 @@ impl Census {
     /// for expanding them.
     pub(crate) fn smallest(&self, bits: u8) -> Encoding {
         let dense = self.tiles * tile_bytes(bits);
-        let masks = |encoding: Encoding| self.tiles * encoding.mask_bytes();
-        let bitmask =
-            masks(Encoding::Bitmask) + self.survivors + tile_bytes(bits) + 8 * (self.panels + 1);
+        let masks_and_offsets = self.tiles * MASK_BYTES + 8 * (self.panels + 1);
+        let bitmask = masks_and_offsets + self.survivors + tile_bytes(bits);
         let mut best = (dense - dense / 8, Encoding::Dense);
         if bitmask <= best.0 {
             best = (bitmask, Encoding::Bitmask);
         }
-        if self.two_of_four && masks(Encoding::TwoOfFour) + dense / 2 <= best.0 {
+        if self.two_of_four && self.blocks * block_bytes(bits) <= best.0 {
             best.1 = Encoding::TwoOfFour;
         }
         best.1
@@ -110,7 +127,7 @@ impl Census {
 #[derive(Debug)]
 pub(crate) struct Encoder {
     encoding: Encoding,
-    /// Masks of all panels so far.
+    /// Masks of all panels so far; only of a bitmask.
     pub(crate) masks: Vec<u8>,
     /// Where each panel's survivors start; only of a bitmask.
     pub(crate) offsets: Vec<u64>,
@@ -132,11 +149,11 @@ impl Encoder {
         }
     }
 
-    /// Appends the panel's masks and returns its stored codes; `None` if more than two of four columns are not
+    /// Appends the panel's masks and returns what `codes` has of it; `None` if more than two of four columns are not
     /// zero where the encoding has only two.
     pub(crate) fn panel(&mut self, view: &QuantizedView<'_>, panel: usize) -> Option<Vec<u8>> {
         let codes = match self.encoding {
-            Encoding::TwoOfFour => self.two_of_four(view, panel)?,
+            Encoding::TwoOfFour => two_of_four(view, panel)?,
             _ => self.bitmask(view, panel),
         };
         if let Some(&end) = self.offsets.last() {
@@ -160,30 +177,6 @@ impl Encoder {
         codes
     }
 
-    fn two_of_four(&mut self, view: &QuantizedView<'_>, panel: usize) -> Option<Vec<u8>> {
-        let bits = view.scheme.bits;
-        let tiles = view.cols.div_ceil(TILE_COLS);
-        let start = self.masks.len();
-        self.masks
-            .resize(start + tiles * self.encoding.mask_bytes(), 0);
-        let masks = &mut self.masks[start..];
-        let mut codes = vec![0; tiles * tile_bytes(bits) / 2];
-        let mut fits = true;
-        for_each_quad(view, panel, |quad, mask, quad_codes| {
-            let kept = kept_of_four(mask);
-            fits &= kept.is_some();
-            let Some(kept) = kept else { return };
-            for row in 0..TILE_ROWS {
-                put_three(masks, quad, row, (kept >> (4 * row) & 7) as u8);
-            }
-            for (nth, bit) in set_bits(kept).enumerate() {
-                let (byte, shift) = place_of_two(bits, quad, nth);
-                codes[byte] |= quad_codes[bit] << shift;
-            }
-        });
-        fits.then_some(codes)
-    }
-
     /// The zeros behind the last panel's codes, over which a kernel may read.
     pub(crate) fn tail(&self, bits: u8) -> usize {
         match self.encoding {
@@ -196,6 +189,30 @@ impl Encoder {
         let bytes = self.offsets.iter().flat_map(|offset| offset.to_le_bytes());
         bytes.collect()
     }
+}
+
+/// The blocks of a panel; `None` if more than two of four columns are not zero.
+fn two_of_four(view: &QuantizedView<'_>, panel: usize) -> Option<Vec<u8>> {
+    let bits = view.scheme.bits;
+    let mut blocks = vec![0; blocks_of(view.cols.div_ceil(TILE_COLS)) * block_bytes(bits)];
+    let mut fits = true;
+    for_each_quad(view, panel, |quad, mask, quad_codes| {
+        let kept = kept_of_four(mask);
+        fits &= kept.is_some();
+        let Some(kept) = kept else { return };
+        for row in 0..TILE_ROWS {
+            let pair = pair_of(kept >> (4 * row) & 15);
+            for bit in 0..3 {
+                let (byte, shift) = place_of_pair(bits, quad, row, bit);
+                blocks[byte] |= (pair >> bit & 1) << shift;
+            }
+        }
+        for (nth, bit) in set_bits(kept).enumerate() {
+            let (byte, shift) = place_of_two(bits, quad, nth);
+            blocks[byte] |= quad_codes[bit] << shift;
+        }
+    });
+    fits.then_some(blocks)
 }
 
 /// Calls `each` with the number, the mask of codes that are not zero, and the codes of every quad of a panel of a dense view.
@@ -244,13 +261,14 @@ pub(crate) fn expand_panel(view: &QuantizedView<'_>, panel: usize, out: &mut [u8
                         at[stream] += 1;
                     }
                 }
-                Sparsity::TwoOfFour { masks } => {
-                    let mask = (0..TILE_ROWS).fold(0, |mask, row| {
-                        mask | four_of(three(masks, QUADS * tiles_before + quad, row)) << (4 * row)
-                    });
-                    for (nth, bit) in set_bits(mask).enumerate() {
-                        let (byte, shift) = place_of_two(bits, QUADS * tile + quad, nth);
-                        put(bit, start + byte, shift);
+                Sparsity::TwoOfFour => {
+                    let quad = QUADS * tile + quad;
+                    for row in 0..TILE_ROWS {
+                        let columns = columns_of(view.codes, start, bits, quad, row);
+                        for (nth, column) in columns.into_iter().enumerate() {
+                            let (byte, shift) = place_of_two(bits, quad, 2 * row + nth);
+                            put(4 * row + column, start + byte, shift);
+                        }
                     }
                 }
             }
@@ -302,12 +320,17 @@ pub(crate) fn check_offsets(view: &QuantizedView<'_>) -> Result<(), WrongOffset>
     Ok(())
 }
 
-/// Whether a panel is stored as the encoder would store it: survivors and masks fit, no stored code is a zero that
-/// need not be stored, and nothing stands between or behind them.
+/// Whether a panel is stored as the encoder would store it: codes and what says where they belong fit, no stored code is a zero
+/// that need not be stored, and nothing stands between or behind them.
 pub(crate) fn panel_is_exact(view: &QuantizedView<'_>, panel: usize) -> bool {
     let encoding = view.sparsity.encoding();
-    let (Sparsity::Bitmask { masks, .. } | Sparsity::TwoOfFour { masks }) = view.sparsity else {
-        return true;
+    let masks = match view.sparsity {
+        Sparsity::Dense => return true,
+        Sparsity::Bitmask { masks, .. } => {
+            let len = view.cols.div_ceil(TILE_COLS) * MASK_BYTES;
+            &masks[panel * len..][..len]
+        }
+        Sparsity::TwoOfFour => &[],
     };
     let bits = view.scheme.bits;
     let tiles = view.cols.div_ceil(TILE_COLS);
@@ -324,9 +347,8 @@ pub(crate) fn panel_is_exact(view: &QuantizedView<'_>, panel: usize) -> bool {
     };
     let mut encoder = Encoder::new(encoding);
     let codes = encoder.panel(&dense, 0);
-    let mask_bytes = tiles * encoding.mask_bytes();
     let stored = &view.codes[view.panel_offset(panel)..view.panel_offset(panel + 1)];
-    codes.as_deref() == Some(stored) && encoder.masks == masks[panel * mask_bytes..][..mask_bytes]
+    codes.as_deref() == Some(stored) && encoder.masks == masks
 }
 
 /// Which nibbles hold a quad: with 4 bits the high ones for the odd quads.
@@ -396,46 +418,57 @@ fn kept_of_four(mask: u64) -> Option<u64> {
     })
 }
 
-/// Where two of four stores code `nth` of a quad, two for each row: its byte among the panel's and its lowest bit. Two quads share
-/// 64 bytes (even quads the low nibbles, odd ones the high nibbles), so that a row's four codes are neighbours.
+/// Where two of four stores code `nth` of a quad, two for each row: its byte among the panel's and its lowest bit. Two neighbouring
+/// quads share 64 bytes, so that a row's four codes are neighbours; with 4 bits the next two quads have the high nibbles.
 fn place_of_two(bits: u8, quad: usize, nth: usize) -> (usize, usize) {
-    let stream = stream(bits, quad);
-    let nth_of_stream = if bits == 8 { quad } else { quad / 2 };
-    let in_vector = 4 * (nth / 2) + 2 * (nth_of_stream % 2) + nth % 2;
-    (VECTOR * (nth_of_stream / 2) + in_vector, 4 * stream)
+    let (block, quad) = (quad / (BLOCK_TILES * QUADS), quad % (BLOCK_TILES * QUADS));
+    let (vector, shift) = match bits {
+        8 => (quad / 2, 0),
+        _ => (quad / 4, 4 * (quad / 2 % 2)),
+    };
+    let in_vector = 4 * (nth / 2) + 2 * (quad % 2) + nth % 2;
+    let byte = block * block_bytes(bits) + PAIR_BYTES + VECTOR * vector + in_vector;
+    (byte, shift)
 }
 
-/// The first of the three bits that two of four stores of a quad's row. Eight quads have 48 bytes, six for two rows.
-fn first_of_three(quad: usize, row: usize) -> usize {
-    8 * (48 * (quad / 8) + 6 * (row / 2)) + 6 * (quad % 8) + 3 * (row % 2)
+/// Where one of the three bits stands that say which columns of a quad's row are stored: its byte among the panel's, and which bit
+/// of that. A 64-bit number of each of three vectors belongs to two rows, and twelve bits of it to two quads; of the last
+/// two quads of a block each vector has four.
+fn place_of_pair(bits: u8, quad: usize, row: usize, bit: usize) -> (usize, usize) {
+    let (block, quad) = (quad / (BLOCK_TILES * QUADS), quad % (BLOCK_TILES * QUADS));
+    let (two_quads, of_twelve) = (quad / 2, 6 * (row % 2) + 3 * (quad % 2) + bit);
+    let (vector, at) = match two_quads {
+        15 => (of_twelve / 4, 60 + of_twelve % 4),
+        _ => (two_quads / 5, 12 * (two_quads % 5) + of_twelve),
+    };
+    let byte = block * block_bytes(bits) + VECTOR * vector + 8 * (row / 2) + at / 8;
+    (byte, at % 8)
 }
 
-/// Three bits of the masks of two of four: whether a row's columns 0, 1 and 2 are stored.
-fn three(masks: &[u8], quad: usize, row: usize) -> u8 {
-    let first = first_of_three(quad, row);
-    (0..3).fold(0, |three, i| {
-        let bit = first + i;
-        three | (masks[bit / 8] >> (bit % 8) & 1) << i
-    })
-}
-
-/// Sets these three bits, which are 0.
-fn put_three(masks: &mut [u8], quad: usize, row: usize, three: u8) {
-    let first = first_of_three(quad, row);
-    for i in 0..3 {
-        let bit = first + i;
-        masks[bit / 8] |= (three >> i & 1) << (bit % 8);
+/// The columns of a quad's row that are stored, the first code's and the second's, in the panel that starts at `start`.
+fn columns_of(codes: &[u8], start: usize, bits: u8, quad: usize, row: usize) -> [usize; 2] {
+    let [a, b, c] = [0, 1, 2].map(|bit| {
+        let (byte, shift) = place_of_pair(bits, quad, row, bit);
+        let byte = codes.get(start + byte).copied().unwrap_or(0);
+        usize::from(byte >> shift & 1)
+    });
+    match b {
+        0 => [a, 2 + c],
+        _ => [2 * a, 1 + 2 * c],
     }
 }
 
-/// The four bits of which three are stored: as two of them are set, the fourth is the parity of the others. What is no mask (none
-/// or all three) counts as columns 0 and 1.
-fn four_of(three: u8) -> u64 {
-    u64::from(match three.count_ones() {
-        1 => three | 8,
-        2 => three,
-        _ => 3,
-    })
+/// The three bits for a mask of two columns, as [`columns_of`] reads them; columns 0 and 3 could also be 6, and 3 would be 2 and 1.
+fn pair_of(mask: u64) -> u8 {
+    match mask {
+        0b0101 => 0,
+        0b0110 => 1,
+        0b0011 => 2,
+        0b1001 => 4,
+        0b1010 => 5,
+        0b1100 => 7,
+        _ => unreachable!("two of four columns"),
+    }
 }
 
 fn le_u64(bytes: &[u8], at: usize) -> u64 {
@@ -456,10 +489,6 @@ mod tests {
                 Some(kept) => {
                     assert_eq!(kept & mask, mask);
                     assert!((0..16).all(|row| (kept >> (4 * row) & 15).count_ones() == 2));
-                    assert!((0..16).all(|row| {
-                        let four = kept >> (4 * row) & 15;
-                        four_of(four as u8 & 7) == four
-                    }));
                 }
             }
         }

@@ -334,7 +334,7 @@ fn sparse_codes_that_do_not_fit_are_refused() {
     fn put(data: &mut [u8], at: usize, value: u64) {
         data[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
-    // `c.weight` is a bitmask of two panels, `d.weight` two of four in one tile.
+    // `c.weight` is a bitmask of two panels, `d.weight` two of four in a block and a half.
     let refused_on_opening: [(Edit, &[&str]); 5] = [
         (
             |r, d| put(d, r["c.weight.offsets"].0, 1),
@@ -373,7 +373,7 @@ fn sparse_codes_that_do_not_fit_are_refused() {
         check_words(&error, words);
     }
 
-    let found_by_verify: [(Edit, &str, usize); 5] = [
+    let found_by_verify: [(Edit, &str, usize); 6] = [
         // More codes than the panel has, in an even quad and an odd one, and fewer.
         (
             |r, d| d[r["c.weight.masks"].0..][..16].fill(0xff),
@@ -389,8 +389,17 @@ fn sparse_codes_that_do_not_fit_are_refused() {
         (|r, d| d[r["c.weight.codes"].0] = 0x88, "c.weight", 0),
         // A panel that begins one byte late.
         (|r, d| d[r["c.weight.offsets"].0 + 8] ^= 1, "c.weight", 0),
-        // Three columns of four, which leaves the fourth out or in.
-        (|r, d| d[r["d.weight.masks"].0] |= 7, "d.weight", 0),
+        // Columns out of order.
+        (
+            |r, d| {
+                let byte = &mut d[r["d.weight.codes"].0];
+                *byte = *byte & !7 | 3;
+            },
+            "d.weight",
+            0,
+        ),
+        // A code of a tile that is not there.
+        (|r, d| d[r["d.weight.codes"].1 - 1] = 1, "d.weight", 0),
     ];
     for (edit, name, panel) in found_by_verify {
         let error = error_after_in(&small_and_sparse(), |_| (), |_| (), edit);
@@ -420,11 +429,11 @@ fn a_sparse_manifest_that_does_not_fit_is_refused() {
         ),
         (
             |m| m["tensors"]["c.weight"]["fate"]["encoding"] = json!("int4.t16x64.2of4"),
-            &["`c.weight.codes`", "[2, 2, 256]"],
+            &["`c.weight.codes`", "[2, 1, 704]"],
         ),
         (
             |m| m["tensors"]["d.weight"]["fate"]["encoding"] = json!("int8.t16x64"),
-            &["`d.weight.codes`", "[1, 1, 1024]"],
+            &["`d.weight.codes`", "[1, 3, 1024]"],
         ),
         (
             |m| m["tensors"]["c.weight"]["shape"] = json!([48, 128]),

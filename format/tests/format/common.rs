@@ -149,7 +149,7 @@ pub(crate) fn small() -> Small {
 pub(crate) fn small_and_sparse() -> Small {
     let mut small = small();
     let mut c = random_matrix(scheme(4, Some(64), true), 32, 128, 3);
-    let mut d = random_matrix(scheme(8, Some(32), false), 16, 64, 4);
+    let mut d = random_matrix(scheme(8, Some(32), false), 16, 192, 4);
     for (at, code) in c.codes.iter_mut().enumerate() {
         if at / 3 % 3 > 0 {
             *code = 8;

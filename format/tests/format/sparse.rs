@@ -131,42 +131,61 @@ fn two_of(m: &QuantizedMatrix, n: usize, quad: usize) -> Option<[(usize, u8); 2]
     Some([two[0], two[1]].map(|k| (k, code(m, n, 4 * quad + k).0)))
 }
 
+/// A block as one string of bits, written as the document says.
 fn slow_two_of_four(m: &QuantizedMatrix) -> Option<(Vec<u8>, Vec<u8>, Vec<u64>)> {
-    let (panels, halves) = (m.rows.div_ceil(16), 2 * m.cols.div_ceil(64));
-    let (mut codes, mut masks) = (Vec::new(), Vec::new());
-    for (p, half) in (0..panels * halves).map(|at| (at / halves, 8 * (at % halves))) {
-        for rows in 0..8 {
-            let mut bits = 0u64;
-            for (i, quad) in (half..half + 8).enumerate() {
-                for row in 0..2 {
-                    let two = two_of(m, 16 * p + 2 * rows + row, quad)?;
-                    for (k, _) in two.into_iter().filter(|&(k, _)| k < 3) {
-                        bits |= 1 << (6 * i + 3 * row + k);
-                    }
+    let (panels, tiles) = (m.rows.div_ceil(16), m.cols.div_ceil(64));
+    let block_bytes = if m.scheme.bits == 4 { 704 } else { 1216 };
+    let mut stored = Vec::new();
+    for (p, block) in (0..panels).flat_map(|p| (0..tiles.div_ceil(2)).map(move |block| (p, block)))
+    {
+        let mut bits = vec![false; 8 * block_bytes];
+        let mut put = |first: usize, value: u8, len: usize| {
+            for i in 0..len {
+                bits[first + i] = value >> i & 1 == 1;
+            }
+        };
+        for (quad, row) in (0..32).flat_map(|quad| (0..16).map(move |row| (quad, row))) {
+            if 2 * block + quad / 16 >= tiles {
+                continue;
+            }
+            let [(first, a), (second, b)] = two_of(m, 16 * p + row, 32 * block + quad)?;
+            let three = [
+                (0, 2),
+                (1, 2),
+                (0, 1),
+                (9, 9),
+                (0, 3),
+                (1, 3),
+                (9, 9),
+                (2, 3),
+            ];
+            let three = three.iter().position(|&two| two == (first, second));
+            let three = three.expect("columns in order") as u8;
+            for i in 0..3 {
+                let twelve = 6 * (row % 2) + 3 * (quad % 2) + i;
+                let (vector, bit) = match quad / 2 {
+                    15 => (twelve / 4, 60 + twelve % 4),
+                    two_quads => (two_quads / 5, 12 * (two_quads % 5) + twelve),
+                };
+                put(512 * vector + 64 * (row / 2) + bit, three >> i & 1, 1);
+            }
+            let codes = 3 * 512 + 32 * row + 16 * (quad % 2);
+            match m.scheme.bits {
+                8 => {
+                    put(codes + 512 * (quad / 2), a, 8);
+                    put(codes + 512 * (quad / 2) + 8, b, 8);
+                }
+                _ => {
+                    let nibble = codes + 512 * (quad / 4) + 4 * (quad % 4 / 2);
+                    put(nibble, a, 4);
+                    put(nibble + 8, b, 4);
                 }
             }
-            masks.extend(&bits.to_le_bytes()[..6]);
         }
-        let each = if m.scheme.bits == 4 { 4 } else { 2 };
-        for first in (half..half + 8).step_by(each) {
-            for n in 16 * p..16 * p + 16 {
-                let two = |quad: usize| two_of(m, n, quad).map(|two| two.map(|(_, code)| code));
-                for quads in [[first, first + 1], [first + 2, first + 3]] {
-                    match each {
-                        4 => {
-                            let [low, high] = [two(quads[0])?, two(quads[1])?];
-                            codes.extend([low[0] | high[0] << 4, low[1] | high[1] << 4]);
-                        }
-                        _ if quads[0] == first => {
-                            codes.extend([two(quads[0])?, two(quads[1])?].as_flattened());
-                        }
-                        _ => {}
-                    }
-                }
-            }
-        }
+        let byte = |bits: &[bool]| (0..8).map(|i| u8::from(bits[i]) << i).sum::<u8>();
+        stored.extend(bits.chunks(8).map(byte));
     }
-    Some((codes, masks, Vec::new()))
+    Some((stored, Vec::new(), Vec::new()))
 }
 
 fn check_encoding(m: &QuantizedMatrix, encoding: Encoding, view: &QuantizedView<'_>) {
@@ -181,7 +200,7 @@ fn check_encoding(m: &QuantizedMatrix, encoding: Encoding, view: &QuantizedView<
             let (places, _) = places.as_chunks();
             assert!(places.iter().map(|b| u64::from_le_bytes(*b)).eq(offsets));
         }
-        Sparsity::TwoOfFour { masks: got } => assert_eq!(got, masks),
+        Sparsity::TwoOfFour => {}
         Sparsity::Dense => panic!("encoded densely"),
     }
     assert_eq!(view.unpack(), *m);
@@ -245,9 +264,8 @@ proptest! {
 /// Bytes of codes, masks and offsets.
 fn size(view: &QuantizedView<'_>) -> usize {
     let more = match view.sparsity {
-        Sparsity::Dense => 0,
+        Sparsity::Dense | Sparsity::TwoOfFour => 0,
         Sparsity::Bitmask { masks, offsets } => masks.len() + offsets.len(),
-        Sparsity::TwoOfFour { masks } => masks.len(),
     };
     view.codes.len() + more
 }

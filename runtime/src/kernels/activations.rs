@@ -3,6 +3,8 @@
 use qbin_format::{Scheme, TILE_COLS};
 
 use super::isa::{Isa, Vectorized};
+#[cfg(target_arch = "x86_64")]
+use super::quantized::Choices;
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;
@@ -46,6 +48,9 @@ pub struct Activations {
     scales: Vec<f32>,
     /// Sum of the codes, `[tokens, groups]`.
     sums: Vec<i32>,
+    /// The codes as two of four chooses from them, once it asked.
+    #[cfg(target_arch = "x86_64")]
+    choices: std::sync::OnceLock<Vec<Choices>>,
 }
 
 impl Activations {
@@ -90,6 +95,8 @@ impl Activations {
     /// If `tokens` is 0.
     #[track_caller]
     pub fn parts(&mut self, tokens: usize) -> impl Iterator<Item = ActivationRows<'_>> {
+        #[cfg(target_arch = "x86_64")]
+        self.choices.take();
         let (cols, group, stride, groups) = (self.cols, self.group, self.stride(), self.groups());
         let codes = self.codes.chunks_mut(tokens * stride);
         let scales = self.scales.chunks_mut(tokens * groups);
@@ -129,6 +136,12 @@ impl Activations {
     /// Columns with padding.
     pub(crate) fn stride(&self) -> usize {
         self.cols.next_multiple_of(TILE_COLS)
+    }
+
+    /// The codes as two of four chooses from them; the first to ask makes them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn choices(&self, make: impl FnOnce() -> Vec<Choices>) -> &[Choices] {
+        self.choices.get_or_init(make)
     }
 
     /// Codes from a token on, rows of [`Self::stride`].

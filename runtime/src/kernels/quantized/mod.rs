@@ -42,6 +42,8 @@ use super::activations::{Activations, activation_group};
 use super::columns::Columns;
 use super::isa::Isa;
 use output::Panels;
+#[cfg(target_arch = "x86_64")]
+pub(super) use sparse::Choices;
 
 /// Tokens above which AMX is used; not tuned.
 #[cfg(target_arch = "x86_64")]

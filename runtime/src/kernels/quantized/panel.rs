@@ -31,7 +31,7 @@ pub(super) fn fits(w: &QuantizedView) -> bool {
             [masks.len(), offsets.len()] == [128 * tiles, 8 * (panels + 1)]
                 && w.codes.len() * tiles >= codes
         }
-        Sparsity::TwoOfFour { masks } => [masks.len(), 2 * w.codes.len()] == [96 * tiles, codes],
+        Sparsity::TwoOfFour => w.codes.len() == w.panel_offset(panels),
     };
     codes_fit && [w.scales.len(), w.zero_points.len()] == [scales, zero_points]
 }

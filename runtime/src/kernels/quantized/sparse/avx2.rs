@@ -4,9 +4,8 @@ use std::arch::x86_64::*;
 
 use qbin_format::{QuantizedView, TILE_ROWS};
 
-use super::cursor::{VECTOR, vectors_of};
-use super::two_of_four::both_quads;
-use super::{STEP, Stored, Zeros};
+use super::cursor::{Cursor, vectors_of};
+use super::{STEP, VECTOR, Zeros};
 use crate::kernels::isa::{Isa, Level};
 
 /// For each byte of a mask where each of its eight places finds its code, or 0x80 where it keeps its zero.
@@ -38,10 +37,10 @@ impl Avx2 {
         there.then_some(Self(()))
     }
 
-    /// Expands one panel into dense tiles.
-    pub(super) fn expand(self, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
+    /// Expands one panel of a bitmask into dense tiles.
+    pub(super) fn expand(self, w: &QuantizedView, masks: &[u8], panel: usize, tiles: &mut [u8]) {
         // SAFETY: `self` proves the features.
-        unsafe { expand(w, panel, tiles) }
+        unsafe { expand(w, masks, panel, tiles) }
     }
 }
 
@@ -49,37 +48,12 @@ impl Avx2 {
 type Vector = [__m128i; 4];
 
 #[target_feature(enable = "avx2,popcnt")]
-fn expand(w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
+fn expand(w: &QuantizedView, masks: &[u8], panel: usize, tiles: &mut [u8]) {
     let bits = w.scheme.bits;
     let zeros = Zeros::new(w, panel);
     let (vectors, _) = tiles.as_chunks_mut::<VECTOR>();
     let steps = vectors.chunks_exact_mut(vectors_of(bits)).enumerate();
-    let mut cursor = match Stored::new(w, panel) {
-        Stored::Bitmask(cursor) => cursor,
-        Stored::TwoOfFour(two) => {
-            for (at, out) in steps {
-                let zeros = spread(zeros.at(at * STEP), bits);
-                let masks = two.quad_masks(at);
-                let codes = match bits {
-                    8 => two.codes::<8>(at),
-                    _ => two.codes::<4>(at),
-                };
-                let (codes, _) = codes.as_chunks();
-                for (pair, codes) in codes.iter().enumerate() {
-                    for (half, codes) in both_quads(codes).iter().enumerate() {
-                        let vector = 2 * pair + half;
-                        let quad = |quad: usize| exactly_two(codes, masks[quad], &zeros);
-                        let codes = match bits {
-                            8 => quad(vector),
-                            _ => nibbles(quad(2 * vector), quad(2 * vector + 1)),
-                        };
-                        store(codes, &mut out[vector]);
-                    }
-                }
-            }
-            return;
-        }
-    };
+    let mut cursor = Cursor::new(w, masks, panel);
     for (at, out) in steps {
         let zeros = spread(zeros.at(at * STEP), bits);
         let masks = cursor.masks(at).as_chunks().0.iter();
@@ -140,23 +114,6 @@ fn quad(window: &[u8], used: &mut usize, mask: u64, zeros: &Vector) -> Vector {
         let codes = loaded.expect("a window has eight codes for each byte");
         *out = put(codes, *bytes, 8, *out);
         *used += counts[0] + counts[1];
-    }
-    out
-}
-
-/// One quad of two of four: its 32 codes, four for each byte of the mask.
-#[inline]
-#[target_feature(enable = "avx2,popcnt")]
-fn exactly_two(codes: &[u8; VECTOR / 2], mask: u64, zeros: &Vector) -> Vector {
-    let mut out = *zeros;
-    let masks = mask.to_le_bytes();
-    let parts = codes
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .zip(masks.as_chunks::<2>().0);
-    for (out, (codes, bytes)) in out.iter_mut().zip(parts) {
-        *out = put(eight(codes), *bytes, 4, *out);
     }
     out
 }

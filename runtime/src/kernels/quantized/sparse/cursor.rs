@@ -2,10 +2,10 @@
 
 use qbin_format::{QuantizedView, TILE_COLS};
 
+use super::VECTOR;
+
 /// Quads of a step.
 pub(super) const QUADS: usize = super::STEP / 4;
-/// Bytes of a vector of dense codes.
-pub(super) const VECTOR: usize = 64;
 
 /// Dense vectors of a step.
 pub(super) const fn vectors_of(bits: u8) -> usize {

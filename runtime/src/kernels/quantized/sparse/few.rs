@@ -1,7 +1,4 @@
-//! The product for a few tokens, with AVX-512: a group's sums are made in registers, panel by panel.
-//!
-//! A bitmask is expanded to dense codes, step by step, for all tokens. With two of four the codes stay as they are stored, and
-//! the activations that meet them are selected ([`select`](super::select)). Both give the same integers.
+//! A bitmask for a few tokens, with AVX-512: its codes are expanded to dense ones in registers, step by step for all tokens.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -10,26 +7,20 @@ use qbin_format::TILE_ROWS;
 
 use super::avx512::{self, Vbmi2};
 use super::cursor::{Cursor, QUADS};
-use super::{STEP, Stored, Zeros, one_zero_per_step, select};
+use super::{STEP, Zeros};
 use crate::kernels::quantized::Product;
 
 /// Most tokens of this kernel: their sums, twice for even and odd quads, stay in registers beside eight quads of codes.
-const TOKENS: usize = 6;
-
-/// Whether it serves this product: groups of whole steps.
-pub(super) fn serves(product: &Product) -> bool {
-    let groups = product.x.group().is_multiple_of(STEP) && one_zero_per_step(product.w);
-    groups && product.x.tokens() <= TOKENS
-}
+pub(super) const TOKENS: usize = 6;
 
 /// The product for at most [`TOKENS`] tokens.
-pub(super) fn run(_proof: Vbmi2, mut product: Product) {
+pub(super) fn run(_proof: Vbmi2, masks: &[u8], mut product: Product) {
     for panel in product.panels.clone() {
         // SAFETY: there is proof of the features.
         unsafe {
             match product.w.scheme.bits {
-                8 => of_tokens::<8>(&mut product, panel),
-                _ => of_tokens::<4>(&mut product, panel),
+                8 => of_tokens::<8>(&mut product, masks, panel),
+                _ => of_tokens::<4>(&mut product, masks, panel),
             }
         }
     }
@@ -37,22 +28,22 @@ pub(super) fn run(_proof: Vbmi2, mut product: Product) {
 
 /// # Safety
 /// The CPU has the features of [`panel`].
-unsafe fn of_tokens<const BITS: u8>(product: &mut Product, at: usize) {
+unsafe fn of_tokens<const BITS: u8>(product: &mut Product, masks: &[u8], at: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match product.x.tokens() {
             0 => {}
-            1 => panel::<BITS, 1>(product, at),
-            2 => panel::<BITS, 2>(product, at),
-            3 => panel::<BITS, 3>(product, at),
-            4 => panel::<BITS, 4>(product, at),
-            _ => panel::<BITS, TOKENS>(product, at),
+            1 => panel::<BITS, 1>(product, masks, at),
+            2 => panel::<BITS, 2>(product, masks, at),
+            3 => panel::<BITS, 3>(product, masks, at),
+            4 => panel::<BITS, 4>(product, masks, at),
+            _ => panel::<BITS, TOKENS>(product, masks, at),
         }
     }
 }
 
 /// The int8 activations of some tokens, step by step.
-pub(super) type Steps<'a, const T: usize> = [&'a [[i8; STEP]]; T];
+type Steps<'a, const T: usize> = [&'a [[i8; STEP]]; T];
 
 /// How far ahead scales are fetched, in weight groups.
 const SCALES_AHEAD: usize = 16;
@@ -61,9 +52,9 @@ const SCALES_AHEAD: usize = 16;
 #[target_feature(
     enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt"
 )]
-fn panel<const BITS: u8, const T: usize>(product: &mut Product, panel: usize) {
+fn panel<const BITS: u8, const T: usize>(product: &mut Product, masks: &[u8], panel: usize) {
     let Product { w, x, .. } = *product;
-    let mut stored = Stored::new(w, panel);
+    let mut cursor = Cursor::new(w, masks, panel);
     let steps = w.cols.div_ceil(STEP);
     let per_group = x.group() / STEP;
     let mut activations: Steps<T> = [x.codes(0).as_chunks().0; T];
@@ -93,15 +84,9 @@ fn panel<const BITS: u8, const T: usize>(product: &mut Product, panel: usize) {
         let first = weight_group * per_weight_group;
         for group in first..(first + per_weight_group).min(x.groups()) {
             let range = group * per_group..((group + 1) * per_group).min(steps);
-            let centred = match &mut stored {
-                Stored::TwoOfFour(two) => {
-                    select::sums::<BITS, T>(two, range, &activations, zero_points)
-                }
-                Stored::Bitmask(cursor) => {
-                    let code_sums = code_sums.map(|sums| sums[group]);
-                    expanded::<BITS, T>(cursor, range, &activations, zero_points, code_sums)
-                }
-            };
+            let code_sums = code_sums.map(|sums| sums[group]);
+            let centred =
+                expanded::<BITS, T>(&mut cursor, range, &activations, zero_points, code_sums);
             for t in 0..T {
                 let scale = _mm512_mul_ps(s_w, _mm512_set1_ps(scales[t][group]));
                 y[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(centred[t]), y[t]);

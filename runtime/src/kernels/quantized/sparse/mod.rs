@@ -2,8 +2,8 @@
 //!
 //! What a panel expands to is [`QuantizedView::expand_panel`]'s to say, and the product is that of the dense tiles, so
 //! every instruction set gives the bits of the dense kernels on the unpacked matrix. For a few tokens the AVX-512
-//! kernel expands in registers; in every other case some panels are expanded into a buffer that stays in the cache, and
-//! the dense kernels take them from there.
+//! kernels expand a bitmask in registers, and select the activations that the codes of two of four meet; in every other case
+//! some panels are expanded into a buffer that stays in the cache, and the dense kernels take them from there.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,22 +17,24 @@ mod few;
 mod select;
 #[cfg(test)]
 mod tests;
-#[cfg(target_arch = "x86_64")]
 mod two_of_four;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use select::Choices;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
-#[cfg(target_arch = "x86_64")]
-use self::{cursor::Cursor, two_of_four::TwoOfFour};
 use super::Product;
 use crate::kernels::isa::Isa;
 
-/// Columns that are expanded at a time.
-#[cfg(target_arch = "x86_64")]
+/// Columns that have one code of zero in each row, where the kernels here serve.
 const STEP: usize = 32;
+
+/// Bytes of a vector of codes.
+const VECTOR: usize = 64;
 
 /// Bytes of dense tiles that are expanded before they are multiplied: they stay in the L2 cache.
 const EXPANDED: usize = 256 << 10;
@@ -48,10 +50,19 @@ thread_local! {
 /// The product of sparse weights.
 pub(super) fn run(isa: Isa, mut product: Product) {
     #[cfg(target_arch = "x86_64")]
-    if few::serves(&product)
+    if one_zero_per_step(product.w)
+        && product.x.group().is_multiple_of(STEP)
         && let Some(vbmi2) = avx512::Vbmi2::of(isa)
     {
-        return few::run(vbmi2, product);
+        match product.w.sparsity {
+            Sparsity::Bitmask { masks, .. } if product.x.tokens() <= few::TOKENS => {
+                return few::run(vbmi2, masks, product);
+            }
+            Sparsity::TwoOfFour if product.x.tokens() <= select::TOKENS => {
+                return select::run(vbmi2, product);
+            }
+            _ => {}
+        }
     }
     let (w, panels) = (product.w, product.panels.clone());
     let panel_bytes = dense_panel_bytes(w);
@@ -102,46 +113,28 @@ fn dense_part<'a>(
 
 /// Expands one panel into dense tiles.
 fn expand(isa: Isa, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    if one_zero_per_step(w) {
-        if let Some(vbmi2) = avx512::Vbmi2::of(isa) {
-            return vbmi2.expand(w, panel, tiles);
+    match w.sparsity {
+        Sparsity::TwoOfFour if one_zero_per_step(w) => two_of_four::expand(isa, w, panel, tiles),
+        #[cfg(target_arch = "x86_64")]
+        Sparsity::Bitmask { masks, .. } if one_zero_per_step(w) => {
+            if let Some(vbmi2) = avx512::Vbmi2::of(isa) {
+                vbmi2.expand(w, masks, panel, tiles);
+            } else if let Some(avx2) = avx2::Avx2::of(isa) {
+                avx2.expand(w, masks, panel, tiles);
+            } else {
+                w.expand_panel(panel, tiles);
+            }
         }
-        if let Some(avx2) = avx2::Avx2::of(isa) {
-            return avx2.expand(w, panel, tiles);
-        }
-    }
-    w.expand_panel(panel, tiles);
-}
-
-/// What is stored of a panel.
-#[cfg(target_arch = "x86_64")]
-enum Stored<'a> {
-    Bitmask(Cursor<'a>),
-    TwoOfFour(TwoOfFour<'a>),
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<'a> Stored<'a> {
-    /// # Panics
-    /// If the matrix is dense.
-    fn new(w: &QuantizedView<'a>, panel: usize) -> Self {
-        match w.sparsity {
-            Sparsity::Bitmask { masks, .. } => Self::Bitmask(Cursor::new(w, masks, panel)),
-            Sparsity::TwoOfFour { masks } => Self::TwoOfFour(TwoOfFour::new(w, masks, panel)),
-            Sparsity::Dense => panic!("a dense matrix is stored whole"),
-        }
+        _ => w.expand_panel(panel, tiles),
     }
 }
 
 /// Whether the code of zero is the same for all columns of a step, in every row.
-#[cfg(target_arch = "x86_64")]
 fn one_zero_per_step(w: &QuantizedView) -> bool {
     w.scheme.symmetric || w.scheme.group_size.is_none_or(|g| g.is_multiple_of(STEP))
 }
 
 /// The codes of zero of a panel's rows.
-#[cfg(target_arch = "x86_64")]
 struct Zeros<'a> {
     mid: [u8; TILE_ROWS],
     /// One for each weight group, if the scheme is asymmetric.
@@ -150,7 +143,6 @@ struct Zeros<'a> {
     width: usize,
 }
 
-#[cfg(target_arch = "x86_64")]
 impl<'a> Zeros<'a> {
     fn new(w: &QuantizedView<'a>, panel: usize) -> Self {
         let groups = w.scheme.groups(w.cols);

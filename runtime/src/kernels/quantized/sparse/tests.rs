@@ -176,16 +176,18 @@ proptest! {
         for encoding in [Encoding::Bitmask, Encoding::TwoOfFour] {
             let packed = PackedMatrix::pack_as(&m, encoding).expect("two of four");
             let mut w = packed.view();
-            let mut damaged = match w.sparsity {
-                Sparsity::Bitmask { masks, .. } | Sparsity::TwoOfFour { masks } => masks.to_vec(),
-                Sparsity::Dense => unreachable!("packed as {encoding:?}"),
-            };
             let mut seeded = Seeded(seed);
-            let fill = |_| if ones { 0xff } else { seeded.next() as u8 };
-            damaged = damaged.into_iter().map(fill).collect();
+            let fill = |_: &u8| if ones { 0xff } else { seeded.next() as u8 };
+            let damaged: Vec<u8>;
             match &mut w.sparsity {
-                Sparsity::Bitmask { masks, .. } | Sparsity::TwoOfFour { masks } => *masks = &damaged,
-                Sparsity::Dense => {}
+                Sparsity::Bitmask { masks, .. } => {
+                    damaged = masks.iter().map(fill).collect();
+                    *masks = &damaged;
+                }
+                _ => {
+                    damaged = w.codes.iter().map(fill).collect();
+                    w.codes = &damaged;
+                }
             }
             let levels = Isa::available();
             let products: Vec<_> = levels.into_iter().map(|isa| product(isa, &w, &x)).collect();

@@ -1,92 +1,136 @@
-//! Where a panel's masks and codes of two of four are: each step of 32 columns has places of its own.
+//! Two of four: blocks of 128 columns, and their expansion to dense tiles.
+//!
+//! The expansion is plain integer arithmetic, sixteen rows at a time, that the compiler makes vectors of.
 
-use qbin_format::{QuantizedView, TILE_COLS, TILE_ROWS};
+use qbin_format::{QuantizedView, TILE_ROWS};
 
-use super::cursor::{QUADS, VECTOR, vectors_of};
+use super::{STEP, VECTOR, Zeros};
+use crate::kernels::isa::{Isa, Vectorized};
 
-/// Bytes of a step's masks: six for each pair of rows.
-pub(super) const MASKS: usize = 6 * QUADS;
+/// Columns of a block.
+pub(super) const COLS: usize = 128;
+/// Bytes of a block that say which columns are stored; its codes follow.
+pub(super) const WHICH: usize = 3 * VECTOR;
+/// Bytes of a block with 4 bits.
+pub(super) const BYTES_4: usize = WHICH + COLS / 2 * TILE_ROWS / 2;
+/// Bytes of a block with 8 bits.
+pub(super) const BYTES_8: usize = WHICH + COLS / 2 * TILE_ROWS;
 
-/// The mask of two rows out of the six bits that are stored of it: of each row's four bits two are set, and the fourth is
-/// the parity of the three that are stored. Damaged bits give some two of four.
-pub(super) static PAIR_MASKS: [u8; 64] = {
-    let mut table = [0; 64];
-    let mut stored = 0;
-    while stored < 64 {
-        table[stored] = four_bits(stored as u8 & 7) | four_bits(stored as u8 >> 3) << 4;
-        stored += 1;
-    }
-    table
-};
+/// Pairs of quads of a block: each has twelve bits for two rows, and 64 codes.
+const PAIRS: usize = COLS / 8;
 
-const fn four_bits(three: u8) -> u8 {
-    match three.count_ones() {
-        1 => three | 8,
-        2 => three,
-        _ => 3,
-    }
+/// The blocks of a panel.
+pub(super) fn blocks<'a, const BYTES: usize>(
+    w: &QuantizedView<'a>,
+    panel: usize,
+) -> &'a [[u8; BYTES]] {
+    let codes = &w.codes[w.panel_offset(panel)..w.panel_offset(panel + 1)];
+    codes.as_chunks().0
 }
 
-/// A panel's masks and codes.
-pub(super) struct TwoOfFour<'a> {
-    masks: &'a [[u8; MASKS]],
-    codes: &'a [u8],
+/// Expands one panel into dense tiles. Zero points are the same for all columns of a step.
+pub(super) fn expand(isa: Isa, w: &QuantizedView, panel: usize, tiles: &mut [u8]) {
+    isa.run(Expansion { w, panel, tiles });
 }
 
-impl<'a> TwoOfFour<'a> {
-    /// Those of a panel of a matrix with these masks.
-    pub(super) fn new(w: &QuantizedView<'a>, masks: &'a [u8], panel: usize) -> Self {
-        let steps = 2 * w.cols.div_ceil(TILE_COLS);
-        Self {
-            masks: &masks.as_chunks().0[panel * steps..(panel + 1) * steps],
-            codes: &w.codes[w.panel_offset(panel)..w.panel_offset(panel + 1)],
+struct Expansion<'a, 'w> {
+    w: &'a QuantizedView<'w>,
+    panel: usize,
+    tiles: &'a mut [u8],
+}
+
+impl Vectorized for Expansion<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { w, panel, tiles } = self;
+        let (vectors, _) = tiles.as_chunks_mut();
+        let zeros = Zeros::new(w, panel);
+        match w.scheme.bits {
+            8 => expand_blocks::<8, BYTES_8>(blocks(w, panel), &zeros, vectors),
+            _ => expand_blocks::<4, BYTES_4>(blocks(w, panel), &zeros, vectors),
         }
     }
+}
 
-    /// Masks of a step, with those of all steps behind it; of the last step, if there is no such.
-    #[inline(always)]
-    pub(super) fn masks_from(&self, step: usize) -> &'a [u8] {
-        self.masks[step.min(self.masks.len() - 1)..].as_flattened()
-    }
-
-    /// Codes of a step, of a matrix with so many bits.
-    ///
-    /// # Panics
-    /// If there is no such step.
-    #[inline(always)]
-    pub(super) fn codes<const BITS: u8>(&self, step: usize) -> &'a [u8] {
-        let len = VECTOR / 2 * vectors_of(BITS);
-        &self.codes[step * len..][..len]
-    }
-
-    /// The masks of a step, quad by quad as those of a bitmask.
-    ///
-    /// # Panics
-    /// If there is no such step.
-    pub(super) fn quad_masks(&self, step: usize) -> [u64; QUADS] {
-        let mut quads = [[0; 8]; QUADS];
-        for (pair, &[a, b, c, d, e, f]) in self.masks[step].as_chunks().0.iter().enumerate() {
-            let stored = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
-            for (quad, mask) in quads.iter_mut().enumerate() {
-                mask[pair] = PAIR_MASKS[(stored >> (6 * quad) & 63) as usize];
+#[inline(always)]
+fn expand_blocks<const BITS: u8, const BYTES: usize>(
+    blocks: &[[u8; BYTES]],
+    zeros: &Zeros,
+    vectors: &mut [[u8; VECTOR]],
+) {
+    // Two quads are two dense vectors, or one of nibbles; of the last block there may be half.
+    let each = 2 * usize::from(BITS) / 8;
+    for (pair, out) in vectors.chunks_exact_mut(each).enumerate() {
+        let (block, step) = (&blocks[pair / PAIRS], pair * 8 / STEP);
+        let zeros = zeros.at(step * STEP);
+        let pair = pair % PAIRS;
+        let (which, codes) = block.split_at(WHICH);
+        let which = columns_of(which, pair);
+        let codes = codes_of::<BITS>(codes, pair);
+        let mut quads = [[0_u32; TILE_ROWS]; 2];
+        for row in 0..TILE_ROWS {
+            for (half, quad) in quads.iter_mut().enumerate() {
+                let bits = which[row] >> (3 * half);
+                let codes = codes[row] >> (16 * half);
+                quad[row] = four(bits, codes, zeros[row]);
             }
         }
-        quads.map(u64::from_le_bytes)
+        let [first, second] = &mut quads;
+        if BITS == 4 {
+            for (low, high) in first.iter_mut().zip(&*second) {
+                *low |= high << 4;
+            }
+        }
+        for (quad, out) in [first, second].into_iter().zip(out) {
+            for (four, out) in quad.iter().zip(out.as_chunks_mut().0) {
+                *out = four.to_le_bytes();
+            }
+        }
     }
 }
 
-/// The codes of both quads of a vector, each row by row.
+/// The six bits of each row that say which columns of two quads are stored, below bits of others.
 #[inline(always)]
-pub(super) fn both_quads(codes: &[u8; VECTOR]) -> [[u8; VECTOR / 2]; 2] {
-    let mut quads = [[[0; 2]; TILE_ROWS]; 2];
-    let (rows, _) = codes.as_chunks::<4>();
-    for (row, &[a, b, c, d]) in rows.iter().enumerate() {
-        quads[0][row] = [a, b];
-        quads[1][row] = [c, d];
+fn columns_of(which: &[u8], pair: usize) -> [u32; TILE_ROWS] {
+    let (words, _) = which.as_chunks::<8>();
+    let word = |vector: usize, rows: usize| u64::from_le_bytes(words[8 * vector + rows]);
+    let mut six = [0; TILE_ROWS];
+    for (rows, six) in six.as_chunks_mut().0.iter_mut().enumerate() {
+        let twelve = match pair {
+            // What is left of each of the three vectors.
+            15 => word(0, rows) >> 60 | word(1, rows) >> 60 << 4 | word(2, rows) >> 60 << 8,
+            _ => word(pair / 5, rows) >> (12 * (pair % 5)),
+        };
+        *six = [twelve as u32, (twelve >> 6) as u32];
     }
-    quads.map(|quad| {
-        let mut codes = [0; VECTOR / 2];
-        codes.copy_from_slice(quad.as_flattened());
-        codes
-    })
+    six
+}
+
+/// The four codes of each row that two quads store, a byte each.
+#[inline(always)]
+fn codes_of<const BITS: u8>(codes: &[u8], pair: usize) -> [u32; TILE_ROWS] {
+    let (vector, shift) = match BITS {
+        8 => (pair, 0),
+        _ => (pair / 2, 4 * (pair % 2)),
+    };
+    let (rows, _) = codes[VECTOR * vector..][..VECTOR].as_chunks();
+    let mut four = [0; TILE_ROWS];
+    for (four, bytes) in four.iter_mut().zip(rows) {
+        *four = u32::from_le_bytes(*bytes) >> shift & (0x0101_0101 * (0xff >> (8 - BITS)));
+    }
+    four
+}
+
+/// A quad's row: the lower two bytes of `codes` in the columns that the lower three bits of `bits` say, the code of zero in
+/// the others.
+#[inline(always)]
+fn four(bits: u32, codes: u32, zero: u8) -> u32 {
+    let [a, b, c] = [bits & 1, bits >> 1 & 1, bits >> 2 & 1];
+    let first = 8 * (a << b);
+    let second = 8 * (2 - b + (c << b));
+    let stored = (codes & 0xff) << first | (codes >> 8 & 0xff) << second;
+    let zeros = 0x0101_0101 * u32::from(zero);
+    stored | zeros & !(0xff << first | 0xff << second)
 }
