@@ -6,7 +6,8 @@
 //!
 //! `Σ (code − zero point) · a = Σ code · a − zero point · Σ a`, over stored codes and selected activations alone.
 //!
-//! A panel is one stream of bytes, read in the order of the file as the dense kernel does it, without software prefetches.
+//! A panel is one stream of bytes, read in the order of the file as the dense kernel does it ([`few`](super::super::few)): software
+//! prefetches help only where the products of several tokens hide the next loads.
 
 use std::arch::x86_64::*;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -21,6 +22,11 @@ use crate::kernels::quantized::Product;
 
 /// Most tokens of this kernel: their sums stay in registers.
 pub(super) const TOKENS: usize = 6;
+
+/// Products of a vector of the file above which a core sees the next loads too late.
+const LATE: usize = 4;
+/// How far ahead the file is then fetched, in bytes.
+const AHEAD: usize = 2048;
 
 /// Steps of a block.
 const STEPS: usize = COLS / STEP;
@@ -169,7 +175,7 @@ fn panel<const BITS: u8, const BYTES: usize, const T: usize>(
         for t in 1..T {
             of_block[t] = &choices[t][at];
         }
-        let which = columns_of(block);
+        let which = columns_of::<BITS, T>(block);
         // Constants make a step fast, so that each is code of its own.
         macro_rules! step {
             ($step:literal) => {
@@ -210,11 +216,12 @@ fn panel<const BITS: u8, const BYTES: usize, const T: usize>(
 /// What says which columns of a block are stored, and last the twelve bits of its last quads.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn columns_of(block: &[u8]) -> [__m512i; 4] {
+fn columns_of<const BITS: u8, const T: usize>(block: &[u8]) -> [__m512i; 4] {
     /// Truth table of `(a & b) | c`.
     const AND_OR: i32 = 0xea;
     let mut which = [_mm512_setzero_si512(); 4];
     for (vector, bytes) in which.iter_mut().zip(block[..WHICH].as_chunks::<VECTOR>().0) {
+        prefetch::<BITS, T>(bytes);
         // SAFETY: 64 bytes are read of 64.
         *vector = unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) };
     }
@@ -249,6 +256,9 @@ fn step<const BITS: u8, const BYTES: usize, const T: usize, const STEP_OF_BLOCK:
     for pair in 0..PAIRS {
         let pair_of_block = STEP_OF_BLOCK * PAIRS + pair;
         let codes = &codes[pair_of_block * usize::from(BITS) / 8];
+        if BITS == 8 || pair % 2 == 0 {
+            prefetch::<BITS, T>(codes);
+        }
         // SAFETY: 64 bytes are read of 64.
         let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
         let codes = match (BITS, pair % 2) {
@@ -275,6 +285,15 @@ fn step<const BITS: u8, const BYTES: usize, const T: usize, const STEP_OF_BLOCK:
         compiler_fence(Ordering::SeqCst);
     }
     sums
+}
+
+/// Fetches what follows a vector of the file some way ahead, where `T` tokens' products make it late.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const BITS: u8, const T: usize>(vector: &[u8; VECTOR]) {
+    if 2 * T * 8 / usize::from(BITS) > LATE {
+        _mm_prefetch::<_MM_HINT_T0>(vector.as_ptr().wrapping_add(AHEAD).cast());
+    }
 }
 
 /// Where the two bits of each of eight codes begin, those of two rows and two quads, if theirs begin with `first`: of each three
