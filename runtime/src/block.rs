@@ -233,7 +233,7 @@ impl<'m> Block<'m> {
         let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
         let input = Input::new(cpu, normed, &[gate, up]);
         let tokens = normed.len() / self.config.hidden_size;
-        let ranges = gate.chunks();
+        let ranges = gate.chunks(cpu, tokens);
         cpu.pool.columns(out, inner, &ranges, |chunk, mut out| {
             let rows = &ranges[chunk];
             gate.rows(cpu, &input, rows.clone(), &mut out);
@@ -327,7 +327,7 @@ impl<'m> Block<'m> {
         let mut columns = Vec::new();
         let mut width = 0;
         for linear in linears {
-            for rows in linear.chunks() {
+            for rows in linear.chunks(cpu, normed.len() / self.config.hidden_size) {
                 columns.push(width + rows.start..width + rows.end);
                 chunks.push((linear, rows));
             }
