@@ -1,8 +1,9 @@
 //! Causal grouped-query attention: which queries and which splits of which cache form one unit of work.
 
+use crate::input::{Input, Room};
 use crate::kernels::attention::{Queries, SPLIT, Scratch, State, attend as attend_splits};
 use crate::kv_cache::BlockCache;
-use crate::{Cpu, ModelConfig};
+use crate::{Cpu, Linear, ModelConfig};
 use std::ops::Range;
 
 /// Queries of a unit of work, all heads that share a key-value head counted: enough to read keys and values from
@@ -51,15 +52,16 @@ struct Attention<'a> {
 }
 
 /// Rotated queries (the first `q_dim` elements of each row of `q[tokens, stride]`) to the mixed values
-/// `out[tokens, q_dim]`. A token sees itself and what came before it, at most `window` positions in all.
-pub(crate) fn attend(
+/// `[tokens, q_dim]`, made for `readers`. A token sees itself and what came before it, at most `window` positions in all.
+pub(crate) fn attend<'b>(
     cpu: &Cpu,
     config: &ModelConfig,
     (q, stride): (&[f32], usize),
     spans: &[Span<'_>],
     window: Option<usize>,
-    out: &mut [f32],
-) {
+    readers: &[&Linear<'_>],
+    room: &'b mut Room,
+) -> Input<'b> {
     let group = config.num_heads / config.num_kv_heads;
     let tile_tokens = (TILE_QUERIES / group).max(1);
     let mut tiles = Vec::new();
@@ -78,11 +80,11 @@ pub(crate) fn attend(
         window,
         tiles,
     };
-    work.run(out);
+    work.run(readers, room)
 }
 
 impl Attention<'_> {
-    fn run(&self, out: &mut [f32]) {
+    fn run<'b>(&self, readers: &[&Linear<'_>], room: &'b mut Room) -> Input<'b> {
         let heads = self.config.num_kv_heads;
         let group_dim = self.config.q_dim() / heads;
         let rows: Vec<_> = self.tiles.iter().map(|tile| tile.rows.clone()).collect();
@@ -92,21 +94,23 @@ impl Attention<'_> {
         // Few queries over many positions: the splits are shared out as well.
         let few = self.tiles.len() * heads < 2 * self.cpu.pool.threads();
         let parts = if few { self.split_states() } else { Vec::new() };
-        let stride = self.config.q_dim();
-        self.cpu
-            .pool
-            .grid(out, stride, &rows, &columns, |tile, head, mut out| {
-                let state = match few {
-                    true => self.merged(tile, head, &parts),
-                    false => self.state(tile, head, 0..self.tiles[tile].splits()),
-                };
-                let dim = self.config.head_dim;
-                for token in 0..out.rows() {
-                    for (at, out) in out.row(token).chunks_exact_mut(dim).enumerate() {
+        let tokens = rows.last().map_or(0, |rows| rows.end);
+        let shape = [tokens, self.config.q_dim()];
+        let grid: [&[Range<usize>]; 2] = [&rows, &columns];
+        room.make(self.cpu, shape, readers, grid, |tile, head, mut piece| {
+            let state = match few {
+                true => self.merged(tile, head, &parts),
+                false => self.state(tile, head, 0..self.tiles[tile].splits()),
+            };
+            let dim = self.config.head_dim;
+            for token in 0..piece.rows() {
+                piece.row(self.cpu.isa, token, |out| {
+                    for (at, out) in out.chunks_exact_mut(dim).enumerate() {
                         state.write(token * (group_dim / dim) + at, out);
                     }
-                }
-            });
+                });
+            }
+        })
     }
 
     /// The states of single splits with what they belong to, in order.
@@ -230,17 +234,9 @@ mod tests {
                     past,
                     cache: &cache,
                 };
-                let first = out.len();
-                out.resize(first + len * q_dim, f32::NAN);
-                let q = (rows, stride);
-                attend(
-                    cpu,
-                    &self.config,
-                    q,
-                    &[span],
-                    self.window,
-                    &mut out[first..],
-                );
+                let (q, mut room) = ((rows, stride), Room::default());
+                let mixed = attend(cpu, &self.config, q, &[span], self.window, &[], &mut room);
+                out.extend_from_slice(mixed.values());
                 past += len;
             }
             out

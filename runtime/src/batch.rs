@@ -81,12 +81,6 @@ impl Batch {
         self.wanted.as_ref()
     }
 
-    /// Rows of a block's result.
-    pub(crate) fn results(&self) -> usize {
-        let rows = self.wanted().map_or(self.rows(), Wanted::rows);
-        rows.iter().map(|rows| rows.len).sum()
-    }
-
     /// The row of the batch that a block's result number `row` belongs to.
     pub(crate) fn row(&self, row: usize) -> usize {
         match &self.wanted {

@@ -6,9 +6,10 @@
 use crate::attention::{Span, attend};
 use crate::batch::{Batch, windows};
 use crate::buffers::{Buffer, with_own};
+use crate::input::{Input, Room};
 use crate::kernels::{Columns, elementwise};
 use crate::kv_cache::{BlockCache, HeadShape};
-use crate::linear::{Input, check_finite};
+use crate::linear::check_finite;
 use crate::rope::{Angles, Rope};
 use crate::spec::{LinearKind, QK_NORMS, bias_name, block_tensor, weight_name};
 use crate::{Cpu, KvCache, Linear, Matrix, ModelConfig, RuntimeError};
@@ -57,15 +58,25 @@ impl Side {
 /// What a block computes on the way. Kept from block to block.
 #[derive(Default)]
 pub(crate) struct Buffers {
-    normed: Buffer,
-    inner: Inner,
+    inner: Room,
+    heads: Buffer,
+    outer: Room,
 }
 
-/// Of these, what lies between inner and outer linears.
-#[derive(Default)]
-struct Inner {
-    heads: Buffer,
-    mixed: Buffer,
+/// Where the input of the inner linears comes from, `[tokens, hidden]`.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    /// The stream, yet to be normed.
+    Stream(&'a [f32]),
+    /// What was normed before.
+    Normed(&'a [f32]),
+}
+
+impl<'a> Source<'a> {
+    fn values(self) -> &'a [f32] {
+        let (Self::Stream(values) | Self::Normed(values)) = self;
+        values
+    }
 }
 
 /// One decoder block.
@@ -142,14 +153,39 @@ impl<'m> Block<'m> {
 
     /// `norm(x)`: what the inner linears read. `x` is `[tokens, hidden]`.
     pub fn normed(&self, sublayer: Sublayer, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
-        self.norm(sublayer, x, &mut out);
-        out
+        let mut room = Room::default();
+        let source = Source::Stream(x);
+        self.inner_input(self.cpu, sublayer, source, &[], &mut room);
+        room.into_values(x.len())
     }
 
-    fn norm(&self, sublayer: Sublayer, x: &[f32], out: &mut [f32]) {
+    /// What some inner linears read.
+    fn inner_input<'b>(
+        &self,
+        cpu: &Cpu,
+        sublayer: Sublayer,
+        source: Source<'b>,
+        readers: &[&Linear<'_>],
+        room: &'b mut Room,
+    ) -> Input<'b> {
+        let x = match source {
+            Source::Stream(x) => x,
+            Source::Normed(normed) => return room.hold(cpu, normed, readers),
+        };
         let weight = &self.norms[sublayer as usize];
-        rms_norm(self.cpu, x, weight, self.config.rms_norm_eps, out);
+        let (width, eps) = (weight.len(), self.config.rms_norm_eps);
+        let tokens = x.len() / width;
+        let parts = parts(tokens, rows_per_part(width));
+        let all = 0..width;
+        let grid: [&[Range<usize>]; 2] = [&parts, &[all]];
+        room.make(cpu, [tokens, width], readers, grid, |part, _, mut piece| {
+            let x = x[parts[part].start * width..].chunks_exact(width);
+            for (row, x) in (0..piece.rows()).zip(x) {
+                piece.row(cpu.isa, row, |out| {
+                    elementwise::rms_norm(cpu.isa, x, weight, eps, out);
+                });
+            }
+        })
     }
 
     /// What the outer linear reads, for windows that all start at position 0: `normed` is
@@ -163,10 +199,11 @@ impl<'m> Block<'m> {
     ) -> Vec<f32> {
         let tokens = normed.len() / self.config.hidden_size;
         let batch = Batch::new(cpu, self.rope, windows(tokens, window_tokens));
-        let mut inner = Inner::default();
-        let mixed = self.mixed_rows(cpu, sublayer, normed, &batch, None, &mut inner);
-        let len = mixed.len();
-        inner.mixed.into_vec(len)
+        let mut buffers = Buffers::default();
+        let source = Source::Normed(normed);
+        let mixed = self.outer_input(cpu, sublayer, source, &batch, None, &[], &mut buffers);
+        let len = mixed.values().len();
+        buffers.outer.into_values(len)
     }
 
     /// What the sublayer adds to the stream, for windows that all start at position 0; a few windows at a time,
@@ -184,8 +221,13 @@ impl<'m> Block<'m> {
 
     /// Adds the sublayer's output to the stream `x`, given what its outer linear reads.
     pub(crate) fn add_outer(&self, cpu: &Cpu, sublayer: Sublayer, mixed: &[f32], x: &mut [f32]) {
+        let outer = self.outer(sublayer);
+        let mut room = Room::default();
+        outer.add_to(cpu, &room.hold(cpu, mixed, &[outer]), x);
+    }
+
+    fn outer(&self, sublayer: Sublayer) -> &Linear<'m> {
         self.linear(LinearKind::at(sublayer, Side::Outer)[0])
-            .add_to(cpu, mixed, x);
     }
 
     /// The whole block: `x` is changed in place. Where not all rows are wanted, only those are left, but keys and
@@ -195,78 +237,105 @@ impl<'m> Block<'m> {
         x: &mut Vec<f32>,
         batch: &Batch,
         mut caches: Option<&mut [KvCache]>,
-        Buffers { normed, inner }: &mut Buffers,
+        buffers: &mut Buffers,
     ) {
         for sublayer in Sublayer::ALL {
-            let normed = normed.get(x.len());
-            self.norm(sublayer, x, normed);
+            let outer = self.outer(sublayer);
             let caches = caches.as_deref_mut();
-            let mixed = self.mixed_rows(self.cpu, sublayer, normed, batch, caches, inner);
+            let source = Source::Stream(x);
+            let mixed =
+                self.outer_input(self.cpu, sublayer, source, batch, caches, &[outer], buffers);
             if let (Sublayer::Attention, Some(wanted)) = (sublayer, batch.wanted()) {
                 *x = wanted.of(x, self.config.hidden_size);
             }
-            self.add_outer(self.cpu, sublayer, mixed, x);
+            outer.add_to(self.cpu, &mixed, x);
         }
     }
 
-    fn mixed_rows<'b>(
+    /// What the outer linear reads, made for `readers`.
+    #[expect(clippy::too_many_arguments)]
+    fn outer_input<'b>(
         &self,
         cpu: &Cpu,
         sublayer: Sublayer,
-        normed: &[f32],
+        source: Source<'_>,
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
-        Inner { heads, mixed }: &'b mut Inner,
-    ) -> &'b [f32] {
-        let outer = self.linear(LinearKind::at(sublayer, Side::Outer)[0]);
-        let out = mixed.get(batch.results() * outer.cols);
+        readers: &[&Linear<'_>],
+        buffers: &'b mut Buffers,
+    ) -> Input<'b> {
         match sublayer {
-            Sublayer::Attention => self.attention(cpu, normed, batch, caches, heads, out),
-            Sublayer::Mlp => self.gated(cpu, normed, out),
+            Sublayer::Attention => self.attention(cpu, source, batch, caches, readers, buffers),
+            Sublayer::Mlp => self.gated(cpu, source, readers, buffers),
         }
-        out
     }
 
-    /// `silu(gate) · up`, `out[tokens, inner]`.
-    fn gated(&self, cpu: &Cpu, normed: &[f32], out: &mut [f32]) {
-        let inner = self.config.intermediate_size;
-        let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
-        let input = Input::new(cpu, normed, &[gate, up]);
-        let tokens = normed.len() / self.config.hidden_size;
-        let ranges = gate.chunks(cpu, tokens);
-        cpu.pool.columns(out, inner, &ranges, |chunk, mut out| {
-            let rows = &ranges[chunk];
-            gate.rows(cpu, &input, rows.clone(), &mut out);
-            with_own(tokens * rows.len(), |ups| {
-                let mut columns = Columns::whole(ups, rows.len());
-                up.rows(cpu, &input, rows.clone(), &mut columns);
-                for (token, up) in ups.chunks_exact(rows.len()).enumerate() {
-                    elementwise::silu_times(cpu.isa, out.row(token), up);
-                }
-            });
-        });
-    }
-
-    /// The mixed values of the wanted rows, `out[rows, q_dim]`.
-    fn attention(
+    /// `silu(gate) · up`, `[tokens, inner]`.
+    fn gated<'b>(
         &self,
         cpu: &Cpu,
-        normed: &[f32],
+        source: Source<'_>,
+        readers: &[&Linear<'_>],
+        Buffers { inner, outer, .. }: &'b mut Buffers,
+    ) -> Input<'b> {
+        let [gate, up] = [LinearKind::Gate, LinearKind::Up].map(|kind| self.linear(kind));
+        let input = self.inner_input(cpu, Sublayer::Mlp, source, &[gate, up], inner);
+        let tokens = input.tokens();
+        let (all, chunks) = (0..tokens, gate.chunks(cpu, tokens));
+        let grid: [&[Range<usize>]; 2] = [&[all], &chunks];
+        outer.make(
+            cpu,
+            [tokens, gate.rows],
+            readers,
+            grid,
+            |_, chunk, mut piece| {
+                let rows = &chunks[chunk];
+                let width = rows.len();
+                with_own(2 * tokens * width, |both| {
+                    let (gates, ups) = both.split_at_mut(tokens * width);
+                    gate.rows(cpu, &input, rows.clone(), &mut Columns::whole(gates, width));
+                    up.rows(cpu, &input, rows.clone(), &mut Columns::whole(ups, width));
+                    let pairs = gates.chunks_exact(width).zip(ups.chunks_exact(width));
+                    for (token, (gate, up)) in pairs.enumerate() {
+                        piece.row(cpu.isa, token, |out| {
+                            elementwise::silu_times(cpu.isa, gate, up, out);
+                        });
+                    }
+                });
+            },
+        )
+    }
+
+    /// The mixed values of the wanted rows, `[rows, q_dim]`.
+    fn attention<'b>(
+        &self,
+        cpu: &Cpu,
+        source: Source<'_>,
         batch: &Batch,
         caches: Option<&mut [KvCache]>,
-        heads: &mut Buffer,
-        out: &mut [f32],
-    ) {
+        readers: &[&Linear<'_>],
+        Buffers {
+            inner,
+            heads,
+            outer,
+        }: &'b mut Buffers,
+    ) -> Input<'b> {
         use LinearKind::{K, Q, V};
         let kv_dim = self.config.kv_dim();
-        let all = match batch.wanted() {
-            None => self.heads(cpu, normed, &[Q, K, V], batch.angles(), heads),
-            Some(_) => self.heads(cpu, normed, &[K, V], batch.angles(), heads),
+        let kinds: &[_] = match batch.wanted() {
+            None => &[Q, K, V],
+            Some(_) => &[K, V],
         };
+        let all = self.heads(cpu, source, kinds, batch.angles(), inner, heads);
         let mut wanted_heads = Buffer::default();
         let queries = batch.wanted().map(|wanted| {
-            let normed = wanted.of(normed, self.config.hidden_size);
-            let heads = self.heads(cpu, &normed, &[Q], wanted.angles(), &mut wanted_heads);
+            let values = wanted.of(source.values(), self.config.hidden_size);
+            let source = match source {
+                Source::Stream(_) => Source::Stream(&values),
+                Source::Normed(_) => Source::Normed(&values),
+            };
+            let angles = wanted.angles();
+            let heads = self.heads(cpu, source, &[Q], angles, inner, &mut wanted_heads);
             (heads, wanted.rows())
         });
         let mut own: Vec<BlockCache> = Vec::new();
@@ -308,7 +377,7 @@ impl<'m> Block<'m> {
             .collect();
         let window = self.config.sliding_window[self.index];
         let queries = (queries.values, queries.width);
-        attend(cpu, self.config, queries, &spans, window, out);
+        attend(cpu, self.config, queries, &spans, window, readers, outer)
     }
 
     /// What some of q, k and v make of every row, side by side, queries and keys normed (where the model has such
@@ -316,24 +385,26 @@ impl<'m> Block<'m> {
     fn heads<'b>(
         &self,
         cpu: &Cpu,
-        normed: &[f32],
+        source: Source<'_>,
         kinds: &[LinearKind],
         angles: &Angles,
+        room: &mut Room,
         values: &'b mut Buffer,
     ) -> Heads<'b> {
         let linears: Vec<_> = kinds.iter().map(|&kind| self.linear(kind)).collect();
-        let input = Input::new(cpu, normed, &linears);
+        let readers: Vec<&Linear<'_>> = linears.iter().copied().collect();
+        let input = self.inner_input(cpu, Sublayer::Attention, source, &readers, room);
         let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
         let mut columns = Vec::new();
         let mut width = 0;
         for linear in linears {
-            for rows in linear.chunks(cpu, normed.len() / self.config.hidden_size) {
+            for rows in linear.chunks(cpu, input.tokens()) {
                 columns.push(width + rows.start..width + rows.end);
                 chunks.push((linear, rows));
             }
             width += linear.rows;
         }
-        let values = values.get(normed.len() / self.config.hidden_size * width);
+        let values = values.get(input.tokens() * width);
         cpu.pool.columns(values, width, &columns, |chunk, mut out| {
             let (linear, rows) = &chunks[chunk];
             linear.rows(cpu, &input, rows.clone(), &mut out);
@@ -432,6 +503,14 @@ pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut
             elementwise::rms_norm(cpu.isa, x, weight, eps, out);
         }
     });
+}
+
+/// `count` in parts of `len`, the last one possibly shorter.
+fn parts(count: usize, len: usize) -> Vec<Range<usize>> {
+    let starts = (0..count).step_by(len);
+    starts
+        .map(|first| first..(first + len).min(count))
+        .collect()
 }
 
 /// Rows of a unit of elementwise work.

@@ -19,6 +19,7 @@ mod decoder;
 mod error;
 pub mod eval;
 pub mod generate;
+mod input;
 pub mod kernels;
 mod kv_cache;
 mod linear;

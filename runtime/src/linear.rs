@@ -1,9 +1,10 @@
 //! One linear layer: `y = x · Wᵀ + b`.
 
 use crate::buffers::{Buffer, with_own};
+use crate::input::{Input, Room};
 use crate::kernels::dense::{Dense, matmul_dense};
-use crate::kernels::gemm::{Rounded, Store, View, product, product_rounded};
-use crate::kernels::{Activations, Columns, Isa, activation_group, elementwise, matmul};
+use crate::kernels::gemm::{Store, View, product, product_rounded};
+use crate::kernels::{Columns, Isa, activation_group, elementwise, matmul};
 use crate::{Cpu, Path, RuntimeError};
 use qbin_format::Weight;
 use rayon::prelude::*;
@@ -20,9 +21,6 @@ const STREAMED_TOKENS: usize = 6;
 
 /// Units that a thread then takes of one linear: some, for threads are not equally fast.
 const STREAMS_PER_THREAD: usize = 4;
-
-/// Tokens whose activations one thread quantizes at a time.
-const QUANTIZE_TOKENS: usize = 8;
 
 /// A weight matrix `[rows, cols]`, row major.
 pub enum Matrix<'m> {
@@ -46,67 +44,6 @@ pub struct Linear<'m> {
     pub bias: Option<Vec<f32>>,
 }
 
-/// Activations `[tokens, cols]` in every form that some linears read.
-pub(crate) struct Input<'a> {
-    x: &'a [f32],
-    cols: usize,
-    /// For the fast path: int8, by size of group.
-    quantized: Vec<Activations>,
-    /// For the path that rounds them to bf16.
-    rounded: Option<Rounded>,
-}
-
-impl<'a> Input<'a> {
-    /// # Panics
-    /// If the linears have inputs of different widths, or `x` is not a whole number of rows.
-    pub(crate) fn new(cpu: &Cpu, x: &'a [f32], linears: &[&Linear<'_>]) -> Self {
-        let cols = linears[0].cols;
-        let mut input = Self {
-            x,
-            cols,
-            quantized: Vec::new(),
-            rounded: (cpu.path == Path::Bf16).then(|| Rounded::new(cpu.isa, &cpu.pool, x, cols)),
-        };
-        for linear in linears {
-            assert!(
-                x.len().is_multiple_of(cols) && linear.cols == cols,
-                "{}: {} inputs for {} columns",
-                linear.name,
-                x.len(),
-                linear.cols
-            );
-            input.prepare(cpu, linear);
-        }
-        input
-    }
-
-    fn prepare(&mut self, cpu: &Cpu, linear: &Linear<'_>) {
-        let Matrix::Stored(Weight::Quantized(view)) = &linear.weight else {
-            return;
-        };
-        let group = activation_group(view.scheme, self.cols);
-        if cpu.path != Path::Fast || self.quantized.iter().any(|x| x.group() == group) {
-            return;
-        }
-        let mut activations = Activations::default();
-        activations.reset(self.tokens(), self.cols, view.scheme);
-        let mut parts: Vec<_> = activations.parts(QUANTIZE_TOKENS).map(Some).collect();
-        let x = self.x;
-        cpu.pool.parts(&mut parts, 1, |number, part| {
-            let part = part[0].take().expect("each part is filled once");
-            let first = number * QUANTIZE_TOKENS * self.cols;
-            let len = part.tokens() * self.cols;
-            part.fill(cpu.isa, &x[first..first + len]);
-        });
-        drop(parts);
-        self.quantized.push(activations);
-    }
-
-    fn tokens(&self) -> usize {
-        self.x.len() / self.cols
-    }
-}
-
 impl Linear<'_> {
     /// `x[tokens, cols]` to `[tokens, rows]`.
     ///
@@ -123,7 +60,8 @@ impl Linear<'_> {
     /// # Panics
     /// As [`Self::apply`].
     pub(crate) fn apply_in<'b>(&self, cpu: &Cpu, x: &[f32], out: &'b mut Buffer) -> &'b [f32] {
-        let input = Input::new(cpu, x, &[self]);
+        let mut room = Room::default();
+        let input = room.hold(cpu, x, &[self]);
         let out = out.get(input.tokens() * self.rows);
         let ranges = self.chunks(cpu, input.tokens());
         cpu.pool.columns(out, self.rows, &ranges, |chunk, mut out| {
@@ -132,12 +70,11 @@ impl Linear<'_> {
         out
     }
 
-    /// `y += x · Wᵀ + b`, with `x[tokens, cols]` and `y[tokens, rows]`.
+    /// `y += x · Wᵀ + b`, with `x[tokens, cols]` the input and `y[tokens, rows]`.
     ///
     /// # Panics
-    /// If the shapes do not fit.
-    pub(crate) fn add_to(&self, cpu: &Cpu, x: &[f32], y: &mut [f32]) {
-        let input = Input::new(cpu, x, &[self]);
+    /// If the shapes do not fit, or the input was not made for this linear.
+    pub(crate) fn add_to(&self, cpu: &Cpu, input: &Input<'_>, y: &mut [f32]) {
         let tokens = input.tokens();
         assert_eq!(y.len(), tokens * self.rows, "{}: outputs", self.name);
         let ranges = self.chunks(cpu, input.tokens());
@@ -145,7 +82,7 @@ impl Linear<'_> {
             let width = y.width();
             with_own(tokens * width, |sums| {
                 let mut columns = Columns::whole(sums, width);
-                self.rows(cpu, &input, ranges[chunk].clone(), &mut columns);
+                self.rows(cpu, input, ranges[chunk].clone(), &mut columns);
                 for (token, sums) in sums.chunks_exact(width).enumerate() {
                     elementwise::add(cpu.isa, y.row(token), sums);
                 }
@@ -184,17 +121,29 @@ impl Linear<'_> {
             }
             (Path::Fast, Matrix::Stored(Weight::Quantized(view))) => {
                 let group = activation_group(view.scheme, self.cols);
-                let activations = input.quantized.iter().find(|x| x.group() == group);
-                let activations = activations.expect("prepared for this linear");
-                matmul(cpu.isa, view, rows.clone(), activations, out);
+                matmul(cpu.isa, view, rows.clone(), input.codes(group), out);
             }
             (Path::Fast, Matrix::Stored(Weight::Dense(view))) => {
                 let weight = Dense::Stored(*view);
-                matmul_dense(cpu.isa, weight, rows.clone(), input.x, self.cols, out);
+                matmul_dense(
+                    cpu.isa,
+                    weight,
+                    rows.clone(),
+                    input.values(),
+                    self.cols,
+                    out,
+                );
             }
             (Path::Fast, Matrix::Owned(weight)) => {
                 let weight = Dense::Owned(weight);
-                matmul_dense(cpu.isa, weight, rows.clone(), input.x, self.cols, out);
+                matmul_dense(
+                    cpu.isa,
+                    weight,
+                    rows.clone(),
+                    input.values(),
+                    self.cols,
+                    out,
+                );
             }
         }
         if let Some(bias) = &self.bias {
@@ -218,10 +167,10 @@ impl Linear<'_> {
             }
         };
         let mut panel = vec![0.0; tokens * width];
-        match &input.rounded {
+        match input.rounded() {
             Some(x) => product_rounded(isa, &mut panel, x, &weight),
             None => {
-                let x = View::row_major(input.x, tokens, self.cols);
+                let x = View::row_major(input.values(), tokens, self.cols);
                 let weight = View::row_major(&weight, width, self.cols).transpose();
                 product(isa, &mut panel, width, Store::Replace, x, weight);
             }

@@ -1,8 +1,12 @@
 //! Activations as int8, one scale per token and group of columns.
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
 use qbin_format::{Scheme, TILE_COLS};
 
 use super::isa::{Isa, Vectorized};
+use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
 use super::quantized::Choices;
 
@@ -67,19 +71,17 @@ impl Activations {
         );
         let mut activations = Self::default();
         activations.reset(x.len() / cols, cols, scheme);
-        for (part, x) in activations.parts(1).zip(x.chunks_exact(cols)) {
-            part.fill(isa, x);
-        }
+        activations.whole().fill(isa, 0, x);
         activations
     }
 
     /// Makes room for `tokens` rows of `cols` columns, keeping the buffers; what they hold is unspecified until every
-    /// one of [`Self::parts`] is filled.
+    /// one of them is filled.
     ///
     /// # Panics
     /// If `cols` is 0.
     #[track_caller]
-    pub fn reset(&mut self, tokens: usize, cols: usize, scheme: Scheme) {
+    pub(crate) fn reset(&mut self, tokens: usize, cols: usize, scheme: Scheme) {
         assert!(cols > 0, "activations without columns");
         self.tokens = tokens;
         self.cols = cols;
@@ -89,28 +91,52 @@ impl Activations {
         self.sums.resize(tokens * self.groups(), 0);
     }
 
-    /// The rows in parts of `tokens` (the last may be shorter), to be filled in any order and by any thread.
+    /// All of them, to be filled.
+    fn whole(&mut self) -> ActivationCell<'_> {
+        let (rows, columns) = (0..self.tokens, 0..self.cols);
+        // SAFETY: the cell is all that is borrowed here, and the only one.
+        unsafe { self.base().cell(rows, columns) }
+    }
+
+    /// Cuts them into the cells of a grid and calls `work(row number, column number, cell)` for each, on all threads.
     ///
     /// # Panics
-    /// If `tokens` is 0.
-    #[track_caller]
-    pub fn parts(&mut self, tokens: usize) -> impl Iterator<Item = ActivationRows<'_>> {
+    /// If ranges overlap, do not rise, leave the matrix, or, of columns, are not whole groups, or with the panic of a
+    /// cell.
+    pub(crate) fn grid(
+        &mut self,
+        pool: &Pool,
+        rows: &[Range<usize>],
+        columns: &[Range<usize>],
+        work: impl Fn(usize, usize, ActivationCell<'_>) + Sync,
+    ) {
+        check_apart(rows, self.tokens);
+        check_apart(columns, self.cols);
+        assert!(
+            whole_groups(columns, self.group, self.cols),
+            "columns {columns:?} in groups of {}",
+            self.group
+        );
+        let base = self.base();
+        pool.run(rows.len() * columns.len(), |cell| {
+            let (row, column) = (cell / columns.len(), cell % columns.len());
+            // SAFETY: the buffers are borrowed until `run` returns and the cell lies inside. Ranges lie apart and
+            // columns are whole groups, so cells do not overlap, and `run` gives each number to one call only.
+            let cell = unsafe { base.cell(rows[row].clone(), columns[column].clone()) };
+            work(row, column, cell);
+        });
+    }
+
+    fn base(&mut self) -> Bases {
         #[cfg(target_arch = "x86_64")]
         self.choices.take();
-        let (cols, group, stride, groups) = (self.cols, self.group, self.stride(), self.groups());
-        let codes = self.codes.chunks_mut(tokens * stride);
-        let scales = self.scales.chunks_mut(tokens * groups);
-        let sums = self.sums.chunks_mut(tokens * groups);
-        codes
-            .zip(scales)
-            .zip(sums)
-            .map(move |((codes, scales), sums)| ActivationRows {
-                cols,
-                group,
-                codes,
-                scales,
-                sums,
-            })
+        Bases {
+            cols: self.cols,
+            group: self.group,
+            codes: Base::of(&mut self.codes),
+            scales: Base::of(&mut self.scales),
+            sums: Base::of(&mut self.sums),
+        }
     }
 
     /// Rows.
@@ -175,62 +201,133 @@ impl Activations {
     }
 }
 
-/// Some rows of [`Activations`], to be filled.
-#[derive(Debug)]
-pub struct ActivationRows<'a> {
+/// Whether these columns of `cols` are whole groups.
+pub(crate) fn whole_groups(columns: &[Range<usize>], group: usize, cols: usize) -> bool {
+    let between = |column: usize| column == cols || column.is_multiple_of(group);
+    columns
+        .iter()
+        .all(|columns| between(columns.start) && between(columns.end))
+}
+
+/// Where the parts of some activations begin.
+struct Bases {
     cols: usize,
     group: usize,
-    codes: &'a mut [i8],
-    scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    codes: Base<i8>,
+    scales: Base<f32>,
+    sums: Base<i32>,
 }
 
-impl ActivationRows<'_> {
-    /// Rows in this part.
-    pub fn tokens(&self) -> usize {
-        self.codes.len() / self.cols.next_multiple_of(TILE_COLS)
+impl Bases {
+    /// # Safety
+    /// For `'a` the activations are borrowed mutably, and nothing else touches the cell, which lies inside and is whole
+    /// groups wide.
+    unsafe fn cell<'a>(&self, rows: Range<usize>, columns: Range<usize>) -> ActivationCell<'a> {
+        let (stride, groups) = (
+            self.cols.next_multiple_of(TILE_COLS),
+            self.cols.div_ceil(self.group),
+        );
+        let padding = match columns.end == self.cols {
+            true => stride - self.cols,
+            false => 0,
+        };
+        let group = rows.start * groups + columns.start / self.group;
+        ActivationCell {
+            codes: self.codes.at(rows.start * stride + columns.start),
+            scales: self.scales.at(group),
+            sums: self.sums.at(group),
+            rows: rows.len(),
+            width: columns.len(),
+            padding,
+            group: self.group,
+            strides: [stride, groups],
+            borrow: PhantomData,
+        }
+    }
+}
+
+/// Whole groups of neighbouring columns of some rows of [`Activations`], to be filled by one thread while others fill
+/// others.
+#[derive(Debug)]
+pub(crate) struct ActivationCell<'a> {
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut i32,
+    rows: usize,
+    width: usize,
+    /// Columns behind the last.
+    padding: usize,
+    group: usize,
+    /// From row to row, of the codes and of the others.
+    strides: [usize; 2],
+    borrow: PhantomData<&'a mut f32>,
+}
+
+impl ActivationCell<'_> {
+    /// Rows of this cell.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
     }
 
-    /// Quantizes `x`, `[tokens, cols]` row major.
+    /// Columns of this cell.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Quantizes `x`, whole rows of this cell from row `row` on.
     ///
     /// # Panics
-    /// If `x` has another length.
+    /// If `x` is not whole rows, or there are not as many.
     #[track_caller]
-    pub fn fill(self, isa: Isa, x: &[f32]) {
-        assert_eq!(
+    pub(crate) fn fill(&mut self, isa: Isa, row: usize, x: &[f32]) {
+        assert!(
+            x.len().is_multiple_of(self.width) && row + x.len() / self.width <= self.rows,
+            "{} values from row {row} of {} of {}",
             x.len(),
-            self.tokens() * self.cols,
-            "{} tokens of {}",
-            self.tokens(),
-            self.cols
+            self.rows,
+            self.width
         );
-        isa.run(Fill { rows: self, x });
+        isa.run(Fill { cell: self, row, x });
+    }
+
+    /// Codes with padding, scales and sums of a row.
+    #[inline(always)]
+    fn row(&mut self, row: usize) -> (&mut [i8], &mut [f32], &mut [i32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let groups = self.width.div_ceil(self.group);
+        let at = row * self.strides[1];
+        // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
+        // and the padding behind them to no one else; the row lies inside them.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(
+                    self.codes.add(row * self.strides[0]),
+                    self.width + self.padding,
+                ),
+                std::slice::from_raw_parts_mut(self.scales.add(at), groups),
+                std::slice::from_raw_parts_mut(self.sums.add(at), groups),
+            )
+        }
     }
 }
 
-struct Fill<'a> {
-    rows: ActivationRows<'a>,
-    x: &'a [f32],
+struct Fill<'c, 'a> {
+    cell: &'c mut ActivationCell<'a>,
+    row: usize,
+    x: &'c [f32],
 }
 
-impl Vectorized for Fill<'_> {
+impl Vectorized for Fill<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let ActivationRows {
-            cols,
-            group,
-            codes,
-            scales,
-            sums,
-        } = self.rows;
-        let (stride, groups) = (cols.next_multiple_of(TILE_COLS), cols.div_ceil(group));
-        for (token, x) in self.x.chunks_exact(cols).enumerate() {
-            let (codes, padding) = codes[token * stride..][..stride].split_at_mut(cols);
+        let Self { cell, row, x } = self;
+        let (width, group) = (cell.width, cell.group);
+        for (number, x) in x.chunks_exact(width).enumerate() {
+            let (codes, scales, sums) = cell.row(row + number);
+            let (codes, padding) = codes.split_at_mut(width);
             padding.fill(0);
-            let scales = &mut scales[token * groups..][..groups];
-            let sums = &mut sums[token * groups..][..groups];
             for (at, (x, codes)) in x.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
                 (scales[at], sums[at]) = quantize_group(x, codes);
             }
@@ -323,9 +420,20 @@ mod tests {
         for isa in Isa::available() {
             let mut rows = Activations::quantize(isa, &vec![9.0; 600], 300, G32);
             rows.reset(7, cols, G32);
-            for (part, x) in rows.parts(3).zip(x.chunks(3 * cols)) {
-                part.fill(isa, x);
-            }
+            let pool = Pool::new(2);
+            let columns = [0..64, 64..96, 96..cols];
+            rows.grid(&pool, &[0..3, 3..7], &columns, |row, column, mut cell| {
+                // One row at a time in the first cells, all at once in the others.
+                let at_once = if row == 0 { 1 } else { cell.rows() };
+                for first in (0..cell.rows()).step_by(at_once) {
+                    let rows = 3 * row + first..3 * row + first + at_once;
+                    let x: Vec<f32> = rows
+                        .flat_map(|row| &x[row * cols..][columns[column].clone()])
+                        .copied()
+                        .collect();
+                    cell.fill(isa, first, &x);
+                }
+            });
             assert_eq!(rows.codes, expected.codes);
             assert_eq!(rows.sums, expected.sums);
             let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();

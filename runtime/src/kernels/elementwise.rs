@@ -78,14 +78,15 @@ impl Vectorized for Add<'_> {
     }
 }
 
-/// `gate = silu(gate) · up`.
-pub(crate) fn silu_times(isa: Isa, gate: &mut [f32], up: &[f32]) {
-    isa.run(SiluTimes { gate, up });
+/// `out = silu(gate) · up`.
+pub(crate) fn silu_times(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    isa.run(SiluTimes { gate, up, out });
 }
 
 struct SiluTimes<'a> {
-    gate: &'a mut [f32],
+    gate: &'a [f32],
     up: &'a [f32],
+    out: &'a mut [f32],
 }
 
 impl Vectorized for SiluTimes<'_> {
@@ -93,8 +94,8 @@ impl Vectorized for SiluTimes<'_> {
 
     #[inline(always)]
     fn run(self) {
-        for (gate, up) in self.gate.iter_mut().zip(self.up) {
-            *gate = *gate / (1.0 + math::exp(-*gate)) * up;
+        for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            *out = *gate / (1.0 + math::exp(-*gate)) * up;
         }
     }
 }

@@ -29,7 +29,8 @@ pub mod pages;
 mod pool;
 mod quantized;
 
-pub use activations::{ActivationRows, Activations, activation_group};
+pub(crate) use activations::{ActivationCell, whole_groups};
+pub use activations::{Activations, activation_group};
 pub use columns::Columns;
 pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel, Vectorized};
 pub use pool::{Pool, default_threads};

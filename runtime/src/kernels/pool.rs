@@ -137,7 +137,7 @@ impl Pool {
     ) {
         assert!(len > 0, "parts have at least one element");
         let total = data.len();
-        let base = Base(data.as_mut_ptr());
+        let base = Base::of(data);
         self.run(total.div_ceil(len), |part| {
             let start = part * len;
             let len = len.min(total - start);
@@ -202,7 +202,7 @@ impl Pool {
         );
         check_apart(rows, data.len() / stride);
         check_apart(columns, stride);
-        let base = Base(data.as_mut_ptr());
+        let base = Base::of(data);
         self.run(rows.len() * columns.len(), |cell| {
             let (row, column) = (cell / columns.len(), cell % columns.len());
             let first = base.at(rows[row].start * stride + columns[column].start);
@@ -217,7 +217,7 @@ impl Pool {
 
 /// Ranges that follow each other without overlap, up to `end`.
 #[track_caller]
-fn check_apart(ranges: &[Range<usize>], end: usize) {
+pub(super) fn check_apart(ranges: &[Range<usize>], end: usize) {
     let apart = ranges.windows(2).all(|pair| pair[0].end <= pair[1].start);
     let inside = ranges
         .iter()
@@ -238,7 +238,7 @@ impl Drop for Pool {
 
 /// The start of a slice whose parts go to different threads.
 #[derive(Clone, Copy)]
-struct Base<T>(*mut T);
+pub(super) struct Base<T>(*mut T);
 
 // SAFETY: a `Base` only hands out addresses; who writes where is argued at each use, and `T: Send` holds there.
 unsafe impl<T: Send> Send for Base<T> {}
@@ -246,7 +246,11 @@ unsafe impl<T: Send> Send for Base<T> {}
 unsafe impl<T: Send> Sync for Base<T> {}
 
 impl<T> Base<T> {
-    fn at(&self, index: usize) -> *mut T {
+    pub(super) fn of(data: &mut [T]) -> Self {
+        Self(data.as_mut_ptr())
+    }
+
+    pub(super) fn at(&self, index: usize) -> *mut T {
         self.0.wrapping_add(index)
     }
 }
