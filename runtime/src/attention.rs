@@ -1,7 +1,8 @@
 //! Causal grouped-query attention: which queries and which splits of which cache form one unit of work.
 
 use crate::input::{Input, Room};
-use crate::kernels::attention::{Queries, SPLIT, Scratch, State, attend as attend_splits};
+use crate::kernels::attention::{Queries, SPLIT, State, attend as attend_splits};
+use crate::kernels::elementwise;
 use crate::kv_cache::BlockCache;
 use crate::{Cpu, Linear, ModelConfig};
 use std::ops::Range;
@@ -105,9 +106,7 @@ impl Attention<'_> {
             let dim = self.config.head_dim;
             for token in 0..piece.rows() {
                 piece.row(self.cpu.isa, token, |out| {
-                    for (at, out) in out.chunks_exact_mut(dim).enumerate() {
-                        state.write(token * (group_dim / dim) + at, out);
-                    }
+                    state.write(self.cpu.isa, token * (group_dim / dim), dim, out);
                 });
             }
         })
@@ -151,26 +150,14 @@ impl Attention<'_> {
         let mut seen = Vec::with_capacity(q.capacity() / dim);
         for row in tile.rows.clone() {
             let queries = &self.q[row * self.stride + head * group_dim..][..group_dim];
-            q.extend(queries.iter().map(|q| q * scale));
+            q.extend_from_slice(queries);
             let end = tile.span.past + row - tile.span.first + 1;
             let start = self.window.map_or(0, |window| end.saturating_sub(window));
             seen.extend((0..group_dim / dim).map(|_| start..end));
         }
-        let width = tile.span.cache.shape().value_width();
-        let mut state = State::new(seen.len(), width);
-        let mut scratch = Scratch::new(seen.len(), width);
+        elementwise::scale(self.cpu.isa, &mut q, scale);
         let queries = Queries { q: &q, seen: &seen };
-        let cache = tile.span.cache;
-        attend_splits(
-            self.cpu.isa,
-            &queries,
-            cache,
-            head,
-            splits,
-            &mut state,
-            &mut scratch,
-        );
-        state
+        attend_splits(self.cpu.isa, &queries, tile.span.cache, head, splits)
     }
 }
 

@@ -4,6 +4,7 @@
 //! anywhere: a buffer's values begin with a cache line, so that a vector of 16 values is written to one line and not to
 //! parts of two.
 
+use crate::kernels::pages;
 use std::cell::Cell;
 
 /// Bytes of a cache line.
@@ -19,7 +20,7 @@ impl Buffer {
     /// `len` values, whatever they were before, from the beginning of a cache line on.
     pub(crate) fn get(&mut self, len: usize) -> &mut [f32] {
         if self.0.len() < len + VALUES {
-            self.0 = vec![0.0; len + VALUES];
+            self.0 = pages::zeros(len + VALUES);
         }
         let start = self.start();
         &mut self.0[start..start + len]

@@ -145,7 +145,11 @@ fn hold<'a>(
         let all = 0..cols;
         codes.grid(&cpu.pool, &parts, &[all], |part, _, mut cell| {
             let rows = &parts[part];
-            cell.fill(cpu.isa, 0, &x[rows.start * cols..rows.end * cols]);
+            cell.fill(
+                cpu.isa,
+                0..rows.len(),
+                &x[rows.start * cols..rows.end * cols],
+            );
         });
     }
     let rounded = !readers.is_empty() && cpu.path == Path::Bf16;
@@ -207,7 +211,7 @@ impl Piece<'_> {
             Self::Values(columns) => make(columns.row(row)),
             Self::Codes(cell, values) => {
                 make(values);
-                cell.fill(isa, row, values);
+                cell.fill(isa, row..row + 1, values);
             }
         }
     }

@@ -5,7 +5,7 @@
 //! holds neighbouring channels of one value.
 
 use crate::ModelConfig;
-use crate::kernels::Pool;
+use crate::kernels::{Pool, pages};
 
 /// Positions of a page.
 pub(crate) const PAGE: usize = 64;
@@ -90,7 +90,7 @@ impl BlockCache {
     pub(crate) fn new(shape: HeadShape, positions: usize) -> Self {
         Self {
             shape,
-            pages: Vec::with_capacity(positions.div_ceil(PAGE) * shape.page_len()),
+            pages: pages::zeros(positions.div_ceil(PAGE) * shape.page_len()),
             len: 0,
         }
     }

@@ -11,17 +11,17 @@ const TO_INTEGER: f32 = 12_582_912.0;
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.33, 88.37);
-    let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, TO_INTEGER);
     let n = shifted - TO_INTEGER;
     // ln 2 in two parts, the first with so few bits that its product with n is exact.
-    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let fraction = p * r * r + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let fraction = p.mul_add(r * r, r) + 1.0;
     // The low bits of `shifted` hold n in two's complement.
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
     fraction * power

@@ -71,7 +71,7 @@ impl Activations {
         );
         let mut activations = Self::default();
         activations.reset(x.len() / cols, cols, scheme);
-        activations.whole().fill(isa, 0, x);
+        activations.whole().fill(isa, 0..x.len() / cols, x);
         activations
     }
 
@@ -240,6 +240,7 @@ impl Bases {
             width: columns.len(),
             padding,
             group: self.group,
+            groups: columns.len().div_ceil(self.group),
             strides: [stride, groups],
             borrow: PhantomData,
         }
@@ -258,6 +259,8 @@ pub(crate) struct ActivationCell<'a> {
     /// Columns behind the last.
     padding: usize,
     group: usize,
+    /// Groups of a row of this cell.
+    groups: usize,
     /// From row to row, of the codes and of the others.
     strides: [usize; 2],
     borrow: PhantomData<&'a mut f32>,
@@ -274,27 +277,30 @@ impl ActivationCell<'_> {
         self.width
     }
 
-    /// Quantizes `x`, whole rows of this cell from row `row` on.
+    /// Quantizes rows of this cell, `x[rows, width]`.
     ///
     /// # Panics
-    /// If `x` is not whole rows, or there are not as many.
+    /// If there are no such rows, or `x` has another length.
     #[track_caller]
-    pub(crate) fn fill(&mut self, isa: Isa, row: usize, x: &[f32]) {
+    pub(crate) fn fill(&mut self, isa: Isa, rows: Range<usize>, x: &[f32]) {
         assert!(
-            x.len().is_multiple_of(self.width) && row + x.len() / self.width <= self.rows,
-            "{} values from row {row} of {} of {}",
+            rows.end <= self.rows && x.len() == rows.len() * self.width,
+            "{} values for rows {rows:?} of {} of {}",
             x.len(),
             self.rows,
             self.width
         );
-        isa.run(Fill { cell: self, row, x });
+        isa.run(Fill {
+            cell: self,
+            rows,
+            x,
+        });
     }
 
     /// Codes with padding, scales and sums of a row.
     #[inline(always)]
     fn row(&mut self, row: usize) -> (&mut [i8], &mut [f32], &mut [i32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        let groups = self.width.div_ceil(self.group);
         let at = row * self.strides[1];
         // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
         // and the padding behind them to no one else; the row lies inside them.
@@ -304,8 +310,8 @@ impl ActivationCell<'_> {
                     self.codes.add(row * self.strides[0]),
                     self.width + self.padding,
                 ),
-                std::slice::from_raw_parts_mut(self.scales.add(at), groups),
-                std::slice::from_raw_parts_mut(self.sums.add(at), groups),
+                std::slice::from_raw_parts_mut(self.scales.add(at), self.groups),
+                std::slice::from_raw_parts_mut(self.sums.add(at), self.groups),
             )
         }
     }
@@ -313,7 +319,7 @@ impl ActivationCell<'_> {
 
 struct Fill<'c, 'a> {
     cell: &'c mut ActivationCell<'a>,
-    row: usize,
+    rows: Range<usize>,
     x: &'c [f32],
 }
 
@@ -322,14 +328,16 @@ impl Vectorized for Fill<'_, '_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { cell, row, x } = self;
+        let Self { cell, rows, x } = self;
         let (width, group) = (cell.width, cell.group);
-        for (number, x) in x.chunks_exact(width).enumerate() {
-            let (codes, scales, sums) = cell.row(row + number);
+        for (number, row) in rows.enumerate() {
+            let x = &x[number * width..][..width];
+            let (codes, scales, sums) = cell.row(row);
             let (codes, padding) = codes.split_at_mut(width);
             padding.fill(0);
-            for (at, (x, codes)) in x.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
-                (scales[at], sums[at]) = quantize_group(x, codes);
+            for (at, (scale, sum)) in scales.iter_mut().zip(sums).enumerate() {
+                let columns = at * group..((at + 1) * group).min(width);
+                (*scale, *sum) = quantize_group(&x[columns.clone()], &mut codes[columns]);
             }
         }
     }
@@ -431,7 +439,7 @@ mod tests {
                         .flat_map(|row| &x[row * cols..][columns[column].clone()])
                         .copied()
                         .collect();
-                    cell.fill(isa, first, &x);
+                    cell.fill(isa, first..first + at_once, &x);
                 }
             });
             assert_eq!(rows.codes, expected.codes);

@@ -26,6 +26,9 @@ pub(crate) const SPLIT: usize = 8 * PAGE;
 /// independent sums for every machine.
 const QUERIES: usize = 6;
 
+/// Elements of the depth of a product that are multiplied at a time.
+const STEP: usize = 8;
+
 /// Lanes of a sum of probabilities.
 const LANES: usize = 16;
 
@@ -57,135 +60,174 @@ impl State {
         }
     }
 
-    fn clear(&mut self) {
-        self.max.fill(f32::NEG_INFINITY);
-        self.sum.fill([0.0; LANES]);
-        self.mixed.fill(0.0);
-    }
-
     /// Adds what a later split found.
     pub(crate) fn merge(&mut self, isa: Isa, later: &Self) {
         isa.run(Merge { into: self, later });
     }
 
-    /// The result of query `query`, as many channels as `out` has.
-    pub(crate) fn write(&self, query: usize, out: &mut [f32]) {
-        let width = self.mixed.len() / self.max.len();
-        let scale = 1.0 / self.sum[query].iter().sum::<f32>();
-        for (out, mixed) in out.iter_mut().zip(&self.mixed[query * width..]) {
-            *out = mixed * scale;
-        }
+    /// The results of neighbouring queries from `query` on, `dim` channels each, as many as `out` has room for.
+    pub(crate) fn write(&self, isa: Isa, query: usize, dim: usize, out: &mut [f32]) {
+        isa.run(Write {
+            state: self,
+            query,
+            dim,
+            out,
+        });
     }
 }
 
-/// Buffers of [`attend`].
-pub(crate) struct Scratch {
-    split: State,
-    scores: Vec<f32>,
-}
-
-impl Scratch {
-    pub(crate) fn new(queries: usize, value_width: usize) -> Self {
-        Self {
-            split: State::new(queries, value_width),
-            scores: vec![0.0; queries * PAGE],
-        }
-    }
-}
-
-/// Carries `state` over the given splits of one head of a cache.
+/// The state of some queries after the given splits of one head of a cache.
 pub(crate) fn attend(
     isa: Isa,
     queries: &Queries<'_>,
     cache: &BlockCache,
     head: usize,
     splits: Range<usize>,
-    state: &mut State,
-    scratch: &mut Scratch,
-) {
+) -> State {
     let first = queries.seen.iter().map(|seen| seen.start).min();
     let last = queries.seen.iter().map(|seen| seen.end).max();
     let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
+    let mut scores = vec![0.0; queries.seen.len() * PAGE];
+    let mut result: Option<State> = None;
     for split in splits {
         let positions = (split * SPLIT).max(first)..((split + 1) * SPLIT).min(last);
         if positions.is_empty() {
             continue;
         }
-        scratch.split.clear();
-        let work = Pages {
-            queries,
-            cache,
-            head,
-            pages: positions.start / PAGE..positions.end.div_ceil(PAGE),
-            state: &mut scratch.split,
-            scores: &mut scratch.scores,
-        };
-        if isa.level() >= Level::Avx512 {
-            isa.run(Wide::<32>(work));
-        } else {
-            isa.run(Wide::<16>(work));
+        let mut state = State::new(queries.seen.len(), cache.shape().value_width());
+        for page in positions.start / PAGE..positions.end.div_ceil(PAGE) {
+            let (keys, values) = cache.page(page, head);
+            let page = Page {
+                queries,
+                start: page * PAGE,
+                keys,
+                values,
+            };
+            page.visit(isa, &mut state, &mut scores);
         }
-        state.merge(isa, &scratch.split);
+        match &mut result {
+            None => result = Some(state),
+            Some(result) => result.merge(isa, &state),
+        }
+    }
+    result.unwrap_or_else(|| State::new(queries.seen.len(), cache.shape().value_width()))
+}
+
+/// One page, and who looks at it.
+#[derive(Clone, Copy)]
+struct Page<'a> {
+    queries: &'a Queries<'a>,
+    /// Its first position.
+    start: usize,
+    keys: &'a [f32],
+    values: &'a [f32],
+}
+
+impl Page<'_> {
+    /// Carries the state over this page; `scores` is room for those of all queries.
+    fn visit(self, isa: Isa, state: &mut State, scores: &mut [f32]) {
+        // Apart, so that each has the registers for itself.
+        if isa.level() >= Level::Avx512 {
+            isa.run(Scores::<32>(self, scores));
+            isa.run(Softmax(self, scores, state));
+            isa.run(Mix::<32>(self, scores, &mut state.mixed));
+        } else {
+            isa.run(Scores::<16>(self, scores));
+            isa.run(Softmax(self, scores, state));
+            isa.run(Mix::<16>(self, scores, &mut state.mixed));
+        }
+    }
+
+    /// The positions of this page that are among some.
+    fn seen(self, positions: &Range<usize>) -> Range<usize> {
+        let in_page = |position: usize| position.saturating_sub(self.start).min(PAGE);
+        in_page(positions.start)..in_page(positions.end)
+    }
+
+    /// The queries in blocks of [`QUERIES`]: the first, how many, and how many keys are not behind what all of them see.
+    fn blocks(self) -> impl Iterator<Item = (usize, usize, usize)> {
+        let blocks = self.queries.seen.chunks(QUERIES).enumerate();
+        blocks.map(move |(block, seen)| {
+            let used = seen.iter().map(|seen| self.seen(seen).end).max();
+            (block * QUERIES, seen.len(), used.unwrap_or(0))
+        })
+    }
+
+    fn head_dim(self) -> usize {
+        self.keys.len() / PAGE
+    }
+
+    fn value_width(self) -> usize {
+        self.values.len() / PAGE
     }
 }
 
-/// Pages of one split.
-struct Pages<'a> {
-    queries: &'a Queries<'a>,
-    cache: &'a BlockCache,
-    head: usize,
-    pages: Range<usize>,
-    state: &'a mut State,
-    scores: &'a mut [f32],
-}
+/// The scores of a page, whole lanes of them for each block of queries, with `WIDTH` in registers.
+struct Scores<'a, const WIDTH: usize>(Page<'a>, &'a mut [f32]);
 
-/// The same with `WIDTH` columns of a product in registers.
-struct Wide<'a, const WIDTH: usize>(Pages<'a>);
-
-impl<const WIDTH: usize> Vectorized for Wide<'_, WIDTH> {
+impl<const WIDTH: usize> Vectorized for Scores<'_, WIDTH> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let Pages {
-            queries,
-            cache,
-            head,
-            pages,
-            state,
-            scores,
-        } = self.0;
-        let dim = cache.shape().head_dim;
-        let width = cache.shape().value_width();
-        for page in pages {
-            let (keys, values) = cache.page(page, head);
-            let in_page = |position: usize| position.saturating_sub(page * PAGE).min(PAGE);
-            let ends = queries.seen.iter().map(|seen| in_page(seen.end));
-            // The keys beyond `used` have probability 0 for all queries, and the scores beyond `scored` no reader.
-            let used = ends.max().unwrap_or(0);
-            let scored = used.next_multiple_of(LANES);
+        let Self(page, scores) = self;
+        let dim = page.head_dim();
+        for (first, count, used) in page.blocks() {
             let q = Factor {
-                values: queries.q,
+                values: &page.queries.q[first * dim..],
                 stride: dim,
                 depth: dim,
             };
-            product::<WIDTH, true>(q, keys, PAGE, scored, scores);
-            let rows = scores.chunks_exact_mut(PAGE).zip(queries.seen);
-            for (query, (scores, seen)) in rows.enumerate() {
+            let scores = &mut scores[first * PAGE..][..count * PAGE];
+            let columns = used.next_multiple_of(LANES);
+            product::<WIDTH, true>(q, page.keys, PAGE, columns, scores);
+        }
+    }
+}
+
+/// The step of the online softmax from scores to probabilities.
+struct Softmax<'a>(Page<'a>, &'a mut [f32], &'a mut State);
+
+impl Vectorized for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self(page, scores, state) = self;
+        let width = page.value_width();
+        for (first, count, used) in page.blocks() {
+            for query in first..first + count {
                 softmax_step(
-                    &mut scores[..scored],
-                    in_page(seen.start)..in_page(seen.end),
+                    &mut scores[query * PAGE..][..used.next_multiple_of(LANES)],
+                    page.seen(&page.queries.seen[query]),
                     &mut state.max[query],
                     &mut state.sum[query],
                     &mut state.mixed[query * width..][..width],
                 );
             }
+        }
+    }
+}
+
+/// The sum of the values by their probabilities, added to what was mixed before, with `WIDTH` channels in registers.
+struct Mix<'a, const WIDTH: usize>(Page<'a>, &'a [f32], &'a mut [f32]);
+
+impl<const WIDTH: usize> Vectorized for Mix<'_, WIDTH> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self(page, probabilities, mixed) = self;
+        let width = page.value_width();
+        for (first, count, used) in page.blocks() {
+            // Those of keys behind `used` are 0.
             let probabilities = Factor {
-                values: scores,
+                values: &probabilities[first * PAGE..],
                 stride: PAGE,
                 depth: used,
             };
-            product::<WIDTH, false>(probabilities, values, width, width, &mut state.mixed);
+            let mixed = &mut mixed[first * width..][..count * width];
+            product::<WIDTH, false>(probabilities, page.values, width, width, mixed);
         }
     }
 }
@@ -200,21 +242,13 @@ fn softmax_step(
     sum: &mut [f32; LANES],
     mixed: &mut [f32],
 ) {
-    let partly = seen != (0..scores.len());
-    let blank = |scores: &mut [f32], value: f32| {
-        if partly {
-            scores[..seen.start].fill(value);
-            scores[seen.end..].fill(value);
-        }
-    };
-    blank(scores, f32::NEG_INFINITY);
+    if seen != (0..scores.len()) {
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+    }
     // A NaN is passed over here, but its exponential is not.
     let page = math::max(scores);
     let new = if page > *max { page } else { *max };
-    for score in scores.iter_mut() {
-        *score = math::exp(*score - new);
-    }
-    blank(scores, 0.0);
     if new > *max {
         let correction = math::exp(*max - new);
         sum.iter_mut().for_each(|sum| *sum *= correction);
@@ -222,9 +256,11 @@ fn softmax_step(
         *max = new;
     }
     let mut added = [0f32; LANES];
-    for lanes in scores.as_chunks::<LANES>().0 {
-        for (added, p) in added.iter_mut().zip(lanes) {
-            *added += p;
+    for lanes in scores.as_chunks_mut::<LANES>().0 {
+        for (added, score) in added.iter_mut().zip(lanes) {
+            let p = math::exp(*score - new);
+            *score = if *score == f32::NEG_INFINITY { 0.0 } else { p };
+            *added += *score;
         }
     }
     for (sum, added) in sum.iter_mut().zip(added) {
@@ -240,8 +276,9 @@ struct Factor<'a> {
     depth: usize,
 }
 
-/// `c += a · b`, or `c = a · b` where `NEW`, of which only the first `columns` columns are computed. Each element is a
-/// chain of FMAs over the depth, in order. `b` and `c` have rows of `stride`; it and `columns` are multiples of 16.
+/// `c += a · b`, or `c = a · b` where `NEW`, for at most [`QUERIES`] rows, of which only the first `columns` columns are
+/// computed. Each element is a chain of FMAs over the depth, in order. `b` and `c` have rows of `stride`; it and `columns`
+/// are multiples of 16.
 #[inline(always)]
 fn product<const WIDTH: usize, const NEW: bool>(
     a: Factor<'_>,
@@ -250,20 +287,14 @@ fn product<const WIDTH: usize, const NEW: bool>(
     columns: usize,
     c: &mut [f32],
 ) {
-    for (number, c) in c.chunks_mut(QUERIES * stride).enumerate() {
-        let a = Factor {
-            values: &a.values[number * QUERIES * a.stride..],
-            ..a
-        };
-        // Fewer rows in registers only where no more are left.
-        match c.len() / stride {
-            1 => rows_product::<1, WIDTH, NEW>(a, b, stride, columns, c),
-            2 => rows_product::<2, WIDTH, NEW>(a, b, stride, columns, c),
-            3 => rows_product::<3, WIDTH, NEW>(a, b, stride, columns, c),
-            4 => rows_product::<4, WIDTH, NEW>(a, b, stride, columns, c),
-            5 => rows_product::<5, WIDTH, NEW>(a, b, stride, columns, c),
-            _ => rows_product::<QUERIES, WIDTH, NEW>(a, b, stride, columns, c),
-        }
+    // Fewer rows in registers only where no more are left.
+    match c.len() / stride {
+        1 => rows_product::<1, WIDTH, NEW>(a, b, stride, columns, c),
+        2 => rows_product::<2, WIDTH, NEW>(a, b, stride, columns, c),
+        3 => rows_product::<3, WIDTH, NEW>(a, b, stride, columns, c),
+        4 => rows_product::<4, WIDTH, NEW>(a, b, stride, columns, c),
+        5 => rows_product::<5, WIDTH, NEW>(a, b, stride, columns, c),
+        _ => rows_product::<QUERIES, WIDTH, NEW>(a, b, stride, columns, c),
     }
 }
 
@@ -292,18 +323,36 @@ fn tile<const ROWS: usize, const WIDTH: usize, const NEW: bool>(
     stride: usize,
     c: &mut [f32],
 ) {
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a.values[row * a.stride..][..a.depth]);
     let mut sums = [[0f32; WIDTH]; ROWS];
     if !NEW {
         for (row, sums) in sums.iter_mut().enumerate() {
             sums.copy_from_slice(&c[row * stride..][..WIDTH]);
         }
     }
-    for at in 0..a.depth {
+    // A step at a time, so that bounds are checked once for each.
+    let steps = a.depth / STEP;
+    for step in 0..steps {
+        let mut now = [&[0f32; STEP]; ROWS];
+        for (row, now) in now.iter_mut().enumerate() {
+            let a = &a.values[row * a.stride + step * STEP..][..STEP];
+            *now = a.try_into().expect("of this length");
+        }
+        let b = &b[step * STEP * stride..][..(STEP - 1) * stride + WIDTH];
+        for at in 0..STEP {
+            let b: &[f32; WIDTH] = b[at * stride..][..WIDTH].try_into().expect("of this width");
+            for (sums, a) in sums.iter_mut().zip(now) {
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = a[at].mul_add(*b, *sum);
+                }
+            }
+        }
+    }
+    for at in steps * STEP..a.depth {
         let b: &[f32; WIDTH] = b[at * stride..][..WIDTH].try_into().expect("of this width");
-        for (sums, a) in sums.iter_mut().zip(rows) {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let a = a.values[row * a.stride + at];
             for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = a[at].mul_add(*b, *sum);
+                *sum = a.mul_add(*b, *sum);
             }
         }
     }
@@ -343,6 +392,30 @@ impl Vectorized for Merge<'_> {
             let mixed = into.mixed[query * width..][..width].iter_mut();
             for (mixed, later) in mixed.zip(&later.mixed[query * width..]) {
                 *mixed = later.mul_add(b, *mixed * a);
+            }
+        }
+    }
+}
+
+struct Write<'a> {
+    state: &'a State,
+    query: usize,
+    dim: usize,
+    out: &'a mut [f32],
+}
+
+impl Vectorized for Write<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let State { max, sum, mixed } = self.state;
+        let width = mixed.len() / max.len();
+        for (number, out) in self.out.chunks_exact_mut(self.dim).enumerate() {
+            let query = self.query + number;
+            let scale = 1.0 / sum[query].iter().sum::<f32>();
+            for (out, mixed) in out.iter_mut().zip(&mixed[query * width..]) {
+                *out = mixed * scale;
             }
         }
     }

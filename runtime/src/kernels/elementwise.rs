@@ -78,6 +78,25 @@ impl Vectorized for Add<'_> {
     }
 }
 
+/// `x *= factor`.
+pub(crate) fn scale(isa: Isa, x: &mut [f32], factor: f32) {
+    isa.run(Scale { x, factor });
+}
+
+struct Scale<'a> {
+    x: &'a mut [f32],
+    factor: f32,
+}
+
+impl Vectorized for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.x.iter_mut().for_each(|x| *x *= self.factor);
+    }
+}
+
 /// `out = silu(gate) · up`.
 pub(crate) fn silu_times(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
     isa.run(SiluTimes { gate, up, out });
