@@ -74,17 +74,17 @@ impl Factor {
         let n = moments.n();
         params.check(n)?;
         let mut h = moments.finish().values;
-        let diagonal: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
-        let mut curvature = Curvature::new(n, &h);
+        let of_file: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
         let plan = Plan::new(
             &params.grid,
             params.act_order,
             params.update_block,
-            &diagonal,
+            &of_file,
         );
 
-        permute_reversed(&mut h, &plan.order);
-        let mut diagonal: Vec<f64> = plan.order.iter().rev().map(|&col| diagonal[col]).collect();
+        let reversed: Vec<usize> = plan.order.iter().rev().copied().collect();
+        permute(&mut h, &reversed);
+        let mut diagonal: Vec<f64> = reversed.iter().map(|&col| of_file[col]).collect();
         let dead: Vec<bool> = diagonal.iter().rev().map(|&d| d == 0.0).collect();
         let live = diagonal.iter().filter(|&&d| d > 0.0).count();
         let mean = diagonal.iter().sum::<f64>() / live.max(1) as f64;
@@ -96,27 +96,36 @@ impl Factor {
 
         let (damp_fraction, fallback) =
             climb(&mut h, n, &diagonal, mean, &dead, params.damp_fraction);
-        let mut refine_sweeps = params.refine_sweeps;
-        if damp_fraction.is_none() {
-            // What is left of the matrix is its diagonal, and nothing can be refined against that.
-            curvature.keep_diagonal();
-            refine_sweeps = 0;
-        }
-        let damp_fraction = damp_fraction.unwrap_or(0.0);
-        let damp = damp_fraction * mean;
-        curvature.damp(damp);
+        let damp = damp_fraction.unwrap_or(0.0) * mean;
         let root = (0..n).map(|place| at(&h, n, place, place) as f32).collect();
+        let blocks = cut(&h, n, plan.groups);
+        let refine_sweeps = match damp_fraction {
+            Some(_) => {
+                restore(&mut h, n);
+                permute(&mut h, &inverse(&reversed));
+                params.refine_sweeps
+            }
+            // What is left of the matrix is its diagonal, and nothing can be refined against that.
+            None => {
+                h.fill(0.0);
+                0
+            }
+        };
+        for (i, &d) in of_file.iter().enumerate() {
+            let damp = if d > 0.0 { damp as f32 } else { 0.0 };
+            h[i * n + i] = f64::from(d as f32 + damp);
+        }
         Ok(Self {
             n,
             granularity: params.grid.granularity,
-            blocks: cut(&h, n, plan.groups),
+            blocks,
             order: plan.order,
             root,
             dead,
             damp,
-            damp_fraction,
+            damp_fraction: damp_fraction.unwrap_or(0.0),
             fallback,
-            curvature,
+            curvature: Curvature::new(n, h),
             refine_sweeps,
         })
     }
@@ -186,10 +195,18 @@ impl Plan {
     }
 }
 
-/// Reorders rows and columns in place: position `i` receives `order[n − 1 − i]`.
-fn permute_reversed(h: &mut [f64], order: &[usize]) {
-    let n = order.len();
-    let source: Vec<usize> = order.iter().rev().copied().collect();
+/// The permutation that undoes this one.
+fn inverse(source: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; source.len()];
+    for (i, &from) in source.iter().enumerate() {
+        inverse[from] = i;
+    }
+    inverse
+}
+
+/// Reorders rows and columns in place: position `i` receives `source[i]`.
+fn permute(h: &mut [f64], source: &[usize]) {
+    let n = source.len();
     let mut placed = vec![false; n];
     let mut first_row = vec![0f64; n];
     for start in 0..n {
@@ -214,7 +231,7 @@ fn permute_reversed(h: &mut [f64], order: &[usize]) {
         || vec![0f64; n],
         |old, row| {
             old.copy_from_slice(row);
-            for (value, &from) in row.iter_mut().zip(&source) {
+            for (value, &from) in row.iter_mut().zip(source) {
                 *value = old[from];
             }
         },
@@ -281,11 +298,16 @@ fn climb(
     (None, reason)
 }
 
-/// Copies the strict upper triangle (column major: row < column) back onto the lower.
+/// Copies the strict upper triangle (column major: row < column) back onto the lower, in tiles that stay in cache.
 fn restore(h: &mut [f64], n: usize) {
-    for col in 0..n {
-        for row in col + 1..n {
-            h[col * n + row] = h[row * n + col];
+    const TILE: usize = 32;
+    for top in (0..n).step_by(TILE) {
+        for left in (0..=top).step_by(TILE) {
+            for row in top..n.min(top + TILE) {
+                for col in left..row.min(left + TILE) {
+                    h[col * n + row] = h[row * n + col];
+                }
+            }
         }
     }
 }

@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use qbin_runtime::kernels::gemm::{COLS, Operand, Right, Store, View, product};
 use qbin_runtime::kernels::gram::Slab;
-use qbin_runtime::kernels::{Isa, Vectorized, pages};
+use qbin_runtime::kernels::{Isa, Vectorized};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::grid::{Grid, GroupParams, Rounder, storable};
 use crate::rtn::Panel;
@@ -22,25 +23,32 @@ const SLAB_ROWS: usize = 2048;
 #[derive(Clone, Debug)]
 pub(crate) struct Curvature {
     n: usize,
-    values: Vec<f32>,
+    /// Two f32 in the memory of each f64: that of the exact Hessian, of which half is given back.
+    pairs: Vec<f64>,
 }
 
 impl Curvature {
-    /// From the undamped Hessian; [`Self::damp`] adds the rest once it is known.
-    pub(crate) fn new(n: usize, hessian: &[f64]) -> Self {
-        let mut values = pages::zeros(n * n);
-        for (value, &exact) in values.iter_mut().zip(hessian) {
-            *value = exact as f32;
+    /// The same matrix in f32, in the same memory.
+    pub(crate) fn new(n: usize, mut hessian: Vec<f64>) -> Self {
+        assert_eq!(hessian.len(), n * n, "the hessian is not [n, n]");
+        let pairs = (n * n).div_ceil(2);
+        for pair in 0..pairs {
+            // Neither was written over yet: what was written ends before the first.
+            let mut both = [0; size_of::<f64>()];
+            for (i, bytes) in both.chunks_mut(size_of::<f32>()).enumerate() {
+                let value = hessian.get(2 * pair + i).copied().unwrap_or(0.0) as f32;
+                bytes.copy_from_slice(&value.to_ne_bytes());
+            }
+            hessian[pair] = f64::from_ne_bytes(both);
         }
-        Self { n, values }
+        hessian.truncate(pairs);
+        hessian.shrink_to_fit();
+        Self { n, pairs: hessian }
     }
 
-    /// Leaves nothing but the diagonal.
-    pub(crate) fn keep_diagonal(&mut self) {
-        for (row, values) in self.values.chunks_mut(self.n).enumerate() {
-            values[..row].fill(0.0);
-            values[row + 1..].fill(0.0);
-        }
+    fn values(&self) -> &[f32] {
+        let values = <[f32]>::ref_from_bytes(self.pairs.as_bytes());
+        &values.expect("two for each f64")[..self.n * self.n]
     }
 
     /// `W·H·Wᵀ` summed over the rows of `weight` (`[rows, n]`), and `‖W‖²` of the live columns. Beside the
@@ -50,7 +58,7 @@ impl Curvature {
         let (mut signal, mut norm) = (0.0, 0.0);
         for weight in weight.chunks(SLAB_ROWS * self.n) {
             let slab = Slab::new(isa, weight, self.n);
-            signal += slab.quadratic(isa, &self.values);
+            signal += slab.quadratic(isa, self.values());
             let columns = slab.square_sums().iter().enumerate();
             let live = columns.filter(|&(col, _)| self.live(col));
             norm += live.map(|(_, square)| square).sum::<f64>();
@@ -58,22 +66,13 @@ impl Curvature {
         (signal, norm)
     }
 
-    pub(crate) fn damp(&mut self, damp: f64) {
-        for i in 0..self.n {
-            let value = &mut self.values[i * self.n + i];
-            if *value > 0.0 {
-                *value += damp as f32;
-            }
-        }
-    }
-
     fn view(&self) -> View<'_, f32> {
-        View::row_major(&self.values, self.n, self.n)
+        View::row_major(self.values(), self.n, self.n)
     }
 
     /// Whether the column ever saw a non-zero input.
     fn live(&self, col: usize) -> bool {
-        self.values[col * self.n + col] > 0.0
+        self.values()[col * self.n + col] > 0.0
     }
 }
 
@@ -360,7 +359,7 @@ impl Vectorized for MoveCodes<'_, '_> {
         let Self(part, rounders, i) = self;
         let rows = rounders.len();
         let col = part.columns.start + i;
-        let h = &part.curvature.values[col * part.curvature.n..][part.columns.clone()];
+        let h = &part.curvature.values()[col * part.curvature.n..][part.columns.clone()];
         let curvature = h[i];
         let (gradient, later) = part.gradient[i * rows..].split_at_mut(rows);
         let cells = part.steps[i * rows..]
@@ -419,7 +418,7 @@ mod tests {
         let identity: Vec<f64> = (0..256)
             .map(|i| if i / 16 == i % 16 { 1.0 } else { 0.0 })
             .collect();
-        let curvature = Curvature::new(16, &identity);
+        let curvature = Curvature::new(16, identity);
         let mut parts = Parts::new(1, 16, &grid);
         let gain = parts
             .par_panels(1)
