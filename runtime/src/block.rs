@@ -392,8 +392,7 @@ impl<'m> Block<'m> {
         values: &'b mut Buffer,
     ) -> Heads<'b> {
         let linears: Vec<_> = kinds.iter().map(|&kind| self.linear(kind)).collect();
-        let readers: Vec<&Linear<'_>> = linears.to_vec();
-        let input = self.inner_input(cpu, Sublayer::Attention, source, &readers, room);
+        let input = self.inner_input(cpu, Sublayer::Attention, source, &linears, room);
         let mut chunks: Vec<(&Linear<'_>, Range<usize>)> = Vec::new();
         let mut columns = Vec::new();
         let mut width = 0;

@@ -216,3 +216,86 @@ impl Piece<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qbin_format::{QuantizedView, Sparsity};
+
+    const TOKENS: usize = 11;
+    const COLS: usize = 320;
+    const ROWS: usize = 16;
+
+    /// Some values, in pieces of one or two rows and of 128 columns, and what a linear makes of them; and whether they
+    /// are there as values.
+    fn made(cpu: &Cpu, linear: &Linear<'_>, x: &[f32]) -> (Vec<f32>, bool) {
+        let rows: Vec<_> = [0..2, 2..3, 3..5, 5..7, 7..9, 9..11].into();
+        let columns = [0..128, 128..256, 256..COLS];
+        let mut room = Room::default();
+        // What is left from another input must not matter.
+        room.hold(cpu, &[9.0; 2 * TOKENS * COLS], &[linear]);
+        let grid: [&[Range<usize>]; 2] = [&rows, &columns];
+        let input = room.make(cpu, [TOKENS, COLS], &[linear], grid, |r, c, mut piece| {
+            for row in 0..piece.rows() {
+                piece.row(cpu.isa, row, |out| {
+                    let at = (rows[r].start + row) * COLS;
+                    out.copy_from_slice(&x[at..][columns[c].clone()]);
+                });
+            }
+        });
+        let mut out = vec![0.0; TOKENS * ROWS];
+        linear.add_to(cpu, &input, &mut out);
+        (out, input.values.is_some())
+    }
+
+    #[test]
+    fn an_input_made_in_pieces_is_the_input_of_its_values() {
+        let bytes = |len: usize, limit: usize| -> Vec<u8> {
+            (0..len).map(|i| (i * i % 251 % limit) as u8).collect()
+        };
+        let x: Vec<f32> = (0..TOKENS * COLS)
+            .map(|i| (i as f32 * 0.37).sin() * (i % 17) as f32)
+            .collect();
+        let (codes, parameters) = (bytes(COLS * ROWS / 2, 256), bytes(2 * COLS, 60));
+        let dense = bytes(COLS * ROWS, 200).into_iter().map(f32::from).collect();
+        let packed = |group| {
+            let scheme = Scheme {
+                bits: 4,
+                group_size: Some(group),
+                symmetric: true,
+            };
+            Matrix::Stored(Weight::Quantized(QuantizedView {
+                scheme,
+                rows: ROWS,
+                cols: COLS,
+                sparsity: Sparsity::Dense,
+                codes: &codes,
+                scales: &parameters[..2 * ROWS * scheme.groups(COLS)],
+                zero_points: &[],
+            }))
+        };
+        // Pieces are whole groups of 32 and of 64 columns, but not of 96.
+        let weights = [
+            (packed(32), false),
+            (packed(64), false),
+            (packed(96), true),
+            (Matrix::Owned(dense), true),
+        ];
+        for (weight, as_values) in weights {
+            let linear = Linear {
+                name: "w".into(),
+                rows: ROWS,
+                cols: COLS,
+                weight,
+                bias: None,
+            };
+            for path in [Path::Reference, Path::Bf16, Path::Fast] {
+                let cpu = Cpu::new(path, Isa::detect(), 2);
+                let expected = linear.apply(&cpu, &x);
+                assert!(expected.iter().any(|&value| value != 0.0));
+                let got = made(&cpu, &linear, &x);
+                assert_eq!(got, (expected, as_values || path != Path::Fast));
+            }
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use qbin_format::{Scheme, TILE_COLS};
 
+use super::ahead::fetch_near;
 use super::isa::{Isa, Vectorized};
 use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +35,11 @@ pub fn activation_group(scheme: Scheme, cols: usize) -> usize {
         _ => DEFAULT_GROUP,
     }
 }
+
+/// Rows of a cell that are fetched before they are filled.
+const AHEAD: usize = 4;
+/// Codes of a cache line.
+const LINE: usize = 64;
 
 /// int8 activations of some tokens: `x ≈ scale · code`, symmetric, one scale per token and group of columns.
 ///
@@ -297,6 +303,18 @@ impl ActivationCell<'_> {
         });
     }
 
+    /// Starts to bring a row into the first cache.
+    #[inline(always)]
+    fn fetch(&self, row: usize) {
+        let first = self.codes.wrapping_add(row * self.strides[0]);
+        for column in (0..self.width).step_by(LINE).chain([self.width - 1]) {
+            fetch_near(first.wrapping_add(column));
+        }
+        let group = row * self.strides[1];
+        fetch_near(self.scales.wrapping_add(group));
+        fetch_near(self.sums.wrapping_add(group));
+    }
+
     /// Codes with padding, scales and sums of a row.
     #[inline(always)]
     fn row(&mut self, row: usize) -> (&mut [i8], &mut [f32], &mut [i32]) {
@@ -332,6 +350,8 @@ impl Vectorized for Fill<'_, '_> {
         let (width, group) = (cell.width, cell.group);
         for (number, row) in rows.enumerate() {
             let x = &x[number * width..][..width];
+            // Rows are far apart, and stores that wait for their lines would hold up all that follow.
+            cell.fetch(row + AHEAD);
             let (codes, scales, sums) = cell.row(row);
             let (codes, padding) = codes.split_at_mut(width);
             padding.fill(0);

@@ -17,3 +17,16 @@ pub(super) fn fetch<T>(values: &[T]) {
         let _ = line;
     }
 }
+
+/// Starts to bring a line to be written, with `value` on it, into the first cache; a hint only.
+#[inline(always)]
+pub(super) fn fetch_near<T>(value: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch changes nothing, whatever its address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(value.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
+}

@@ -6,7 +6,7 @@
 //! chain of FMAs over the channels in order,
 //!
 //! ```text
-//! m' = max(m, max s);  c = exp(m − m') (1 if m' = m);  p = exp(s − m'), 0 where the query must not look
+//! m' = max(m, max s);  c = exp(m − m') (1 if m' = m);  p = exp(s − m'), 0 where s = −∞: where the query must not look
 //! l = l·c + Σp in 16 lanes, p_j in lane j mod 16, j in order;  acc = fma(p_j, v_j, acc·c), j in order
 //! ```
 //!
