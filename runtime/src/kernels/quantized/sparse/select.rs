@@ -34,6 +34,9 @@ const STEPS: usize = COLS / STEP;
 /// Pairs of quads of a step; each has a vector of codes.
 const PAIRS: usize = STEP / 8;
 
+/// Truth table of `(a & b) | c`.
+const AND_OR: i32 = 0xea;
+
 /// For every step of a block the activations that two bits choose from: of each quad four for its first code, then four for its
 /// second. They are in the order that `docs/format.md` gives these bits.
 #[derive(Clone, Copy, Debug)]
@@ -217,8 +220,6 @@ fn panel<const BITS: u8, const BYTES: usize, const T: usize>(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn columns_of<const BITS: u8, const T: usize>(block: &[u8]) -> [__m512i; 4] {
-    /// Truth table of `(a & b) | c`.
-    const AND_OR: i32 = 0xea;
     let mut which = [_mm512_setzero_si512(); 4];
     for (vector, bytes) in which.iter_mut().zip(block[..WHICH].as_chunks::<VECTOR>().0) {
         prefetch::<BITS, T>(bytes);
@@ -242,8 +243,6 @@ fn step<const BITS: u8, const BYTES: usize, const T: usize, const STEP_OF_BLOCK:
     block: &[u8; BYTES],
     choices: [&Choices; T],
 ) -> Sums<T> {
-    /// Truth table of `(a & b) | c`.
-    const AND_OR: i32 = 0xea;
     /// Where the choices of a row's four codes begin among those of two quads.
     const FIRST: i32 = i32::from_le_bytes([0, 4, 8, 12]);
     let (codes, _) = block[WHICH..].as_chunks::<VECTOR>();
