@@ -166,7 +166,7 @@ mod tests {
     use super::*;
     use crate::Path;
     use crate::kernels::Isa;
-    use crate::kv_cache::HeadShape;
+    use crate::kv_cache::{HeadShape, KvDtype};
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize) -> ModelConfig {
         let text = format!(
@@ -207,7 +207,8 @@ mod tests {
         fn run(&self, cpu: &Cpu, steps: &[usize]) -> Vec<f32> {
             assert_eq!(steps.iter().sum::<usize>(), self.tokens);
             let (stride, q_dim) = (self.stride(), self.config.q_dim());
-            let mut cache = BlockCache::new(HeadShape::of(&self.config), 0);
+            let shape = HeadShape::of(&self.config, KvDtype::of(cpu.path));
+            let mut cache = BlockCache::new(shape, 0);
             let (mut out, mut past) = (Vec::new(), 0);
             for &len in steps {
                 let rows = &self.rows[past * stride..(past + len) * stride];
@@ -229,31 +230,37 @@ mod tests {
             out
         }
 
-        /// Softmax in f64 over the whole row: the mixed value of one channel and the largest value it mixes.
-        fn exact(&self, token: usize, head: usize, channel: usize) -> (f64, f64) {
+        /// Softmax in f64 over the whole row, of queries, keys and values that are rounded as the cache's are: the
+        /// mixed value of one channel and the largest value it mixes.
+        fn exact(&self, dtype: KvDtype, token: usize, head: usize, channel: usize) -> (f64, f64) {
             let (dim, stride, q_dim) = (self.config.head_dim, self.stride(), self.config.q_dim());
             let kv_head = head / (self.config.num_heads / self.config.num_kv_heads);
             let at = |row: usize, from: usize| &self.rows[row * stride + from..][..dim];
+            let round = |x: f32| match dtype {
+                KvDtype::F32 => f64::from(x),
+                KvDtype::Bf16 => half::bf16::from_f32(x).to_f64(),
+            };
             let first = self
                 .window
                 .map_or(0, |window| (token + 1).saturating_sub(window));
+            let scale = 1.0 / (dim as f32).sqrt();
             let q = at(token, head * dim);
             let (mut sum, mut mixed, mut largest) = (0.0, 0.0, 0f64);
             for position in first..=token {
                 let key = at(position, q_dim + kv_head * dim);
-                let products = q
-                    .iter()
-                    .zip(key)
-                    .map(|(q, k)| f64::from(*q) * f64::from(*k));
-                let weight = (products.sum::<f64>() / (dim as f64).sqrt()).exp();
+                let products = q.iter().zip(key).map(|(q, k)| round(q * scale) * round(*k));
+                let weight = products.sum::<f64>().exp();
                 let v = at(position, q_dim + self.config.kv_dim() + kv_head * dim)[channel];
                 sum += weight;
-                mixed += weight * f64::from(v);
-                largest = largest.max(f64::from(v).abs());
+                mixed += weight * round(v);
+                largest = largest.max(round(v).abs());
             }
             (mixed / sum, largest)
         }
     }
+
+    /// A path for each type of cache.
+    const PATHS: [Path; 2] = [Path::Reference, Path::Fast];
 
     #[test]
     fn agrees_with_a_softmax_in_f64() {
@@ -264,21 +271,30 @@ mod tests {
             Case::new(config(4, 2, 16), 200, Some(33)),
             Case::new(config(2, 1, 32), 3 * SPLIT / 2, None),
         ];
-        let cpu = Cpu::new(Path::Fast, Isa::detect(), 2);
-        for case in &cases {
+        for (case, path) in cases.iter().flat_map(|case| PATHS.map(|path| (case, path))) {
+            let cpu = Cpu::new(path, Isa::detect(), 2);
+            let dtype = KvDtype::of(path);
             let out = case.run(&cpu, &[case.tokens]);
             for token in (0..case.tokens).step_by(7).chain([case.tokens - 1]) {
                 for head in 0..case.config.num_heads {
                     let dim = case.config.head_dim;
                     for channel in [0, dim / 2, dim - 1] {
-                        let (exact, largest) = case.exact(token, head, channel);
+                        let (exact, largest) = case.exact(dtype, token, head, channel);
                         let got = out[token * case.config.q_dim() + head * dim + channel];
                         // A score is off by about ε·dim·|q||k|/√dim, at most 3·dim·ε here, and a weight by as much
-                        // relatively; exponentials are good to 2⁻²², sums to ε per position.
+                        // relatively; exponentials are good to 2⁻²², sums to ε per position. A probability is rounded to
+                        // bf16 where the cache is, both where it weighs a value and where weights are summed.
                         let epsilon = f64::from(f32::EPSILON);
-                        let relative = (3 * dim + token + 8) as f64 * epsilon;
+                        let rounding = match dtype {
+                            KvDtype::F32 => 0.0,
+                            KvDtype::Bf16 => f64::exp2(-9.0),
+                        };
+                        let relative = (3 * dim + token + 8) as f64 * epsilon + rounding;
                         let error = (f64::from(got) - exact).abs();
-                        assert!(error <= 2.0 * relative * largest, "{token}: {error:e}");
+                        assert!(
+                            error <= 2.0 * relative * largest,
+                            "{path}, {token}: {error:e}"
+                        );
                     }
                 }
             }
@@ -293,12 +309,12 @@ mod tests {
             Case::new(config(2, 1, 16), 2 * SPLIT + 5, None),
             Case::new(config(2, 1, 16), 2 * SPLIT + 5, Some(SPLIT - 30)),
         ];
-        for case in &cases {
-            let scalar = Cpu::new(Path::Fast, Isa::available()[0], 1);
+        for (case, path) in cases.iter().flat_map(|case| PATHS.map(|path| (case, path))) {
+            let scalar = Cpu::new(path, Isa::available()[0], 1);
             let expected = case.run(&scalar, &[case.tokens]);
             for isa in Isa::available() {
                 for threads in 1..=3 {
-                    let cpu = Cpu::new(Path::Fast, isa, threads);
+                    let cpu = Cpu::new(path, isa, threads);
                     let n = case.tokens;
                     for steps in [vec![n], vec![1; n], vec![n / 2, 1, n - n / 2 - 4, 3]] {
                         let got = case.run(&cpu, &steps);
@@ -306,7 +322,11 @@ mod tests {
                             .iter()
                             .zip(&expected)
                             .all(|(a, b)| a.to_bits() == b.to_bits());
-                        assert!(same, "{isa:?}, {threads} threads, {} steps", steps.len());
+                        assert!(
+                            same,
+                            "{path}, {isa:?}, {threads} threads, {} steps",
+                            steps.len()
+                        );
                     }
                 }
             }
@@ -314,13 +334,86 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_stays_visible() {
-        let mut case = Case::new(config(2, 1, 16), 80, None);
-        let (stride, q_dim) = (case.stride(), case.config.q_dim());
-        case.rows[70 * stride + q_dim] = f32::NAN;
+    fn the_same_bits_where_products_would_be_subnormal() {
+        // Scores that are far apart, within a page and from page to page, and the smallest values that bf16 has here.
+        let mut case = Case::new(config(1, 1, 16), 150, None);
+        let stride = case.stride();
+        for (position, row) in case.rows.chunks_exact_mut(stride).enumerate() {
+            row[..32].fill(0.0);
+            // The query times 1/√16, times the key's only channel: the score.
+            row[0] = 4.0;
+            let below = position * 7 % 61;
+            row[16] = (position / 64 * 55) as f32 - below as f32;
+            // Later sums do not hide the first page's, nor near scores the far ones of the last.
+            let counts = position < 64 || position >= 128 && below > 52;
+            for (channel, value) in row[32..].iter_mut().enumerate() {
+                let small = f32::exp2(-56.0) * (1 + (position + channel) % 5) as f32;
+                *value = if counts { small } else { 0.0 };
+            }
+        }
+        let scalar = Cpu::new(Path::Fast, Isa::available()[0], 1);
+        let expected = case.run(&scalar, &[case.tokens]);
+        assert!(expected.iter().any(|value| *value != 0.0));
+        for isa in Isa::available() {
+            let got = case.run(&Cpu::new(Path::Fast, isa, 1), &[case.tokens]);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&got) == bits(&expected), "{isa:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_no_trace() {
+        // A word of bf16 holds two positions: the second may have been written before the sequence was cut.
+        let mut case = Case::new(config(2, 1, 16), 60, None);
+        let (stride, q_dim, kv_dim) = (case.stride(), case.config.q_dim(), case.config.kv_dim());
         let cpu = Cpu::new(Path::Fast, Isa::detect(), 1);
-        let out = case.run(&cpu, &[80]);
-        assert!(out[..70 * q_dim].iter().all(|value| value.is_finite()));
-        assert!(out[70 * q_dim..].iter().all(|value| value.is_nan()));
+        let shape = HeadShape::of(&case.config, KvDtype::Bf16);
+        for kept in [5, 15, 16, 20, 31, 32, 40] {
+            let end = kept + 2;
+            case.rows[end * stride..].fill(f32::INFINITY);
+            let append = |cache: &mut BlockCache, tokens: Range<usize>| {
+                cache.append(&cpu.pool, tokens.len(), |token| {
+                    let row = &case.rows[(tokens.start + token) * stride..][..stride];
+                    row[q_dim..].split_at(kv_dim)
+                });
+            };
+            let mixed = |cache: &BlockCache| {
+                let span = Span {
+                    first: 0,
+                    len: 1,
+                    past: end - 1,
+                    cache,
+                };
+                let q = (&case.rows[(end - 1) * stride..end * stride], stride);
+                let mut room = Room::default();
+                let mixed = attend(&cpu, &case.config, q, &[span], None, &[], &mut room);
+                mixed.values().to_vec()
+            };
+            let mut cache = BlockCache::new(shape, 0);
+            append(&mut cache, 0..end);
+            let expected = mixed(&cache);
+            assert!(expected.iter().all(|value| value.is_finite()));
+            append(&mut cache, end..60);
+            cache.truncate(kept);
+            append(&mut cache, kept..end);
+            assert_eq!(mixed(&cache), expected, "{kept} kept");
+            case.rows = Case::new(config(2, 1, 16), 60, None).rows;
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_visible() {
+        for (path, level) in PATHS
+            .into_iter()
+            .flat_map(|path| Isa::available().into_iter().map(move |isa| (path, isa)))
+        {
+            let mut case = Case::new(config(2, 1, 16), 80, None);
+            let (stride, q_dim) = (case.stride(), case.config.q_dim());
+            case.rows[70 * stride + q_dim] = f32::from_bits(u32::MAX >> 1);
+            let cpu = Cpu::new(path, level, 1);
+            let out = case.run(&cpu, &[80]);
+            assert!(out[..70 * q_dim].iter().all(|value| value.is_finite()));
+            assert!(out[70 * q_dim..].iter().all(|value| value.is_nan()));
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::batch::{Batch, windows};
 use crate::buffers::{Buffer, with_own};
 use crate::input::{Input, Room};
 use crate::kernels::{Columns, elementwise};
-use crate::kv_cache::{BlockCache, HeadShape};
+use crate::kv_cache::{BlockCache, HeadShape, KvDtype};
 use crate::linear::check_finite;
 use crate::rope::{Angles, Rope};
 use crate::spec::{LinearKind, QK_NORMS, bias_name, block_tensor, weight_name};
@@ -345,7 +345,7 @@ impl<'m> Block<'m> {
                 caches.map(|cache| cache.block_mut(self.index)).collect()
             }
             None => {
-                let shape = HeadShape::of(self.config);
+                let shape = HeadShape::of(self.config, KvDtype::of(cpu.path));
                 own.extend(
                     batch
                         .rows()

@@ -6,7 +6,7 @@ use crate::buffers::Buffer;
 use crate::config::ModelConfig;
 use crate::rope::Rope;
 use crate::spec::{self, EMBEDDING, FINAL_NORM, HEAD};
-use crate::{Cpu, KvCache, Linear, RuntimeError};
+use crate::{Cpu, KvCache, KvDtype, Linear, RuntimeError};
 use qbin_format::{Model, Weight};
 use std::ops::Range;
 
@@ -127,7 +127,7 @@ impl<'m> Decoder<'m> {
 
     /// An empty cache for one sequence.
     pub fn cache(&self, positions: usize) -> KvCache {
-        KvCache::new(self.config(), positions)
+        KvCache::new(self.config(), KvDtype::of(self.cpu().path), positions)
     }
 
     /// Runs new tokens of several sequences; returns the normed stream `[all tokens, hidden]`, sequences

@@ -35,6 +35,6 @@ pub use config::ModelConfig;
 pub use cpu::{Cpu, Path, UnknownPath};
 pub use decoder::{Decoder, Parts};
 pub use error::RuntimeError;
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDtype};
 pub use linear::{Linear, Matrix};
 pub use sampler::{Sampler, Sampling};

@@ -50,8 +50,8 @@ fn figures_fit_each_other() {
     );
     let weights = positive(&report["weight_bytes"]);
     assert!(weights < positive(&report["file_bytes"]));
-    // Two blocks, keys and values of 2 heads of 12 channels, f32.
-    let position = (2 * 2 * 24 * 4) as f64;
+    // Two blocks, keys and values of 2 heads of 12 channels, bf16.
+    let position = (2 * 2 * 24 * 2) as f64;
     assert_near(positive(&report["cache_bytes"]), 3.0 * 9.0 * position);
     // q, k, v, o and the MLP of two blocks, and the head.
     let (block, head) = (2 * (3 * 48 * 48 + 3 * 48 * INNER), 4099 * 48);

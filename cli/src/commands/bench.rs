@@ -13,7 +13,9 @@ use crate::progress::Progress;
 use figures::Work;
 use qbin_format::Model;
 use qbin_runtime::kernels::limits::{self, Buffer, Limits};
-use qbin_runtime::{Decoder, KvCache, ModelConfig, Parts, RuntimeError, Sampler, Sampling};
+use qbin_runtime::{
+    Decoder, KvCache, KvDtype, ModelConfig, Parts, RuntimeError, Sampler, Sampling,
+};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use report::{ColdStart, Facts, Report, Row};
@@ -60,7 +62,7 @@ pub(crate) fn run(
     let model = loaded::model(&args.model, args.huge_pages)?;
     let config = loaded::config(&model)?;
     config.check_context(plan.positions())?;
-    let work = Work::new(&model, &config);
+    let work = Work::new(&model, &config, KvDtype::of(args.path));
     let largest = args.batch.iter().copied().max().unwrap_or(1);
     plan.check_memory(&config, &work, largest)?;
 

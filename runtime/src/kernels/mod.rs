@@ -7,7 +7,8 @@
 //! forward pass and `columns` what each of them writes. The fast path's linears: `activations` rounding to int8, `quantized` packed
 //! and sparse weights, `dense` weights that are not quantized. Between the linears, on every path: `attention`,
 //! `elementwise`, `logits`. Offline and the other paths: [`gemm`] products in f32, f64 and bf16, [`gram`] second
-//! moments. Under all of them: [`pages`] memory in large pages, `ahead` reads begun early.
+//! moments. Under all of them: `bf16` rounding to pairs of bf16, [`pages`] memory in large
+//! pages, `ahead` reads begun early.
 //! [`limits`] measures what the machine could do at most.
 //!
 //! This folder is the only place of the crate where `unsafe` is allowed: instruction sets, tiles, the pool's
@@ -17,6 +18,7 @@
 mod activations;
 mod ahead;
 pub(crate) mod attention;
+pub(crate) mod bf16;
 mod columns;
 pub(crate) mod dense;
 pub(crate) mod elementwise;

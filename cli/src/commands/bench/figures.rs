@@ -2,7 +2,7 @@
 
 use qbin_format::{Model, Weight};
 use qbin_runtime::spec::{self, EMBEDDING, HEAD, LinearKind, Role};
-use qbin_runtime::{ModelConfig, kernels::limits::Limits};
+use qbin_runtime::{KvDtype, ModelConfig, kernels::limits::Limits};
 use serde::Serialize;
 
 /// What several measurements of one speed say.
@@ -55,7 +55,7 @@ pub(crate) struct Work {
 
 impl Work {
     /// Of a model whose tensors were accounted for.
-    pub(crate) fn new(model: &Model, config: &ModelConfig) -> Self {
+    pub(crate) fn new(model: &Model, config: &ModelConfig, kv: KvDtype) -> Self {
         let stored = |name: &str| {
             let weight = model.weight(name);
             weight.as_ref().map_or(0, Weight::stored_bytes) as u64
@@ -87,7 +87,7 @@ impl Work {
             block_elements: elements(&linears),
             last_elements: elements(&last),
             head_elements: (config.vocab_size * config.hidden_size) as u64,
-            position_bytes: (2 * config.kv_dim() * size_of::<f32>()) as u64,
+            position_bytes: (2 * config.kv_dim() * kv.bytes()) as u64,
             windows: config.sliding_window.clone(),
         }
     }

@@ -1,45 +1,18 @@
 //! Products of operands rounded to bf16: the same bits with and without an instruction for them.
 //!
-//! Definition: [`product`] of both operands, each element rounded by [`round`].
+//! Definition: [`product`] of both operands, each element rounded by [`bf16::round`].
 //!
-//! `vdpbf16ps` gives these bits. It adds two products to a sum, that of the high halves first, each as a fused multiply-add
-//! rounded to nearest even (Intel's manual at `VDPBF16PS`; Zen 4 was found to do the same), so the earlier term of a pair
-//! is packed into the high half. It also takes subnormal operands for zeros and flushes subnormal sums, but there are
-//! none: elements below 2⁻⁵⁶ count as zero, hence every product, and every rounded sum of products, is a multiple of
-//! 2⁻¹²⁶, the smallest normal number.
-//!
-//! The tiles of AMX (`tdpbf16ps`) sum in another order, so they cannot take this product.
+//! `vdpbf16ps` gives these bits ([`bf16`](crate::kernels::bf16) says why).
 
 use super::columns;
 use super::tile::{COLS, ROWS, Tile};
 use super::{DEPTH, Put, Store, View, product};
+use crate::kernels::bf16;
 use crate::kernels::isa::{Isa, Vectorized};
 use crate::kernels::pool::Pool;
 
 /// Pairs of terms of one chain.
 const PAIRS: usize = DEPTH / 2;
-
-/// Bits of 2⁻⁵⁶: what is smaller counts as zero.
-const SMALLEST: u32 = (127 - 56) << 23;
-
-/// The bits of the nearest bf16 in the upper half, ties to even, zeros below; what is smaller than 2⁻⁵⁶ is zero, and NaN
-/// stays NaN.
-#[inline(always)]
-fn round(x: f32) -> u32 {
-    const UPPER: u32 = 0xffff_0000;
-    const INFINITY: u32 = 0xff << 23;
-    const QUIET: u32 = 1 << 22;
-    let bits = x.to_bits();
-    let magnitude = bits & !(1 << 31);
-    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    let finite = if magnitude < SMALLEST { 0 } else { nearest };
-    let rounded = if magnitude > INFINITY {
-        bits | QUIET
-    } else {
-        finite
-    };
-    rounded & UPPER
-}
 
 /// The left operand of products, rounded once for all of them.
 pub struct Rounded {
@@ -202,10 +175,10 @@ impl Vectorized for Pairs<'_> {
     fn run(self) {
         let (whole, rest) = self.x.as_chunks();
         for (out, &[early, late]) in self.out.iter_mut().zip(whole) {
-            *out = round(early) | round(late) >> 16;
+            *out = bf16::pair(early, late);
         }
         if let &[last] = rest {
-            self.out[whole.len()] = round(last);
+            self.out[whole.len()] = bf16::round(last);
         }
     }
 }
@@ -222,7 +195,7 @@ impl Vectorized for Values<'_> {
     #[inline(always)]
     fn run(self) {
         for (out, &x) in self.out.iter_mut().zip(self.x) {
-            *out = f32::from_bits(round(x));
+            *out = f32::from_bits(bf16::round(x));
         }
     }
 }
