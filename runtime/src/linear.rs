@@ -83,9 +83,7 @@ impl Linear<'_> {
             with_own(tokens * width, |sums| {
                 let mut columns = Columns::whole(sums, width);
                 self.rows(cpu, input, ranges[chunk].clone(), &mut columns);
-                for (token, sums) in sums.chunks_exact(width).enumerate() {
-                    elementwise::add(cpu.isa, y.row(token), sums);
-                }
+                elementwise::add_rows(cpu.isa, &mut y, sums);
             });
         });
     }

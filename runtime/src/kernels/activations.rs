@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use qbin_format::{Scheme, TILE_COLS};
 
-use super::ahead::fetch_near;
+use super::ahead::{AHEAD, LINE, fetch_near};
 use super::isa::{Isa, Vectorized};
 use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
@@ -35,11 +35,6 @@ pub fn activation_group(scheme: Scheme, cols: usize) -> usize {
         _ => DEFAULT_GROUP,
     }
 }
-
-/// Rows of a cell that are fetched before they are filled.
-const AHEAD: usize = 4;
-/// Codes of a cache line.
-const LINE: usize = 64;
 
 /// int8 activations of some tokens: `x ≈ scale · code`, symmetric, one scale per token and group of columns.
 ///

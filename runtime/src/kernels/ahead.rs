@@ -1,7 +1,10 @@
 //! Fetching ahead what is read next.
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
+
+/// Rows of a part of a matrix that are fetched before they are written.
+pub(super) const AHEAD: usize = 4;
 
 /// Starts to bring `values` into the second cache; a hint only.
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! Part of a matrix as one thread writes it.
 
+use super::ahead::{LINE, fetch_near};
 use std::marker::PhantomData;
 
 /// Neighbouring columns of a row-major matrix, to be written by one thread while others write its other columns.
@@ -60,6 +61,16 @@ impl<'a> Columns<'a> {
     /// The first element; those of row `r` follow at `r · stride`. Only they may be touched through it.
     pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.first
+    }
+
+    /// Starts to bring a row, which need not exist, into the first cache.
+    #[inline(always)]
+    pub(super) fn fetch(&self, row: usize) {
+        let first = self.first.wrapping_add(row * self.stride);
+        let columns = (0..self.width).step_by(LINE / size_of::<f32>());
+        for column in columns.chain([self.width - 1]) {
+            fetch_near(first.wrapping_add(column));
+        }
     }
 
     /// This part of row `row`.

@@ -1,5 +1,7 @@
 //! The small steps between products, in portable Rust compiled for each instruction set.
 
+use super::Columns;
+use super::ahead::AHEAD;
 use super::isa::{Isa, Vectorized};
 use crate::math;
 
@@ -75,6 +77,34 @@ impl Vectorized for Add<'_> {
     #[inline(always)]
     fn run(self) {
         self.x.iter_mut().zip(self.y).for_each(|(x, y)| *x += y);
+    }
+}
+
+/// `x += y`, with `y[rows, width]` behind each other.
+///
+/// # Panics
+/// If `y` has other rows.
+pub(crate) fn add_rows(isa: Isa, x: &mut Columns<'_>, y: &[f32]) {
+    assert_eq!(y.len(), x.rows() * x.width(), "rows to add");
+    isa.run(AddRows { x, y });
+}
+
+struct AddRows<'c, 'a> {
+    x: &'c mut Columns<'a>,
+    y: &'c [f32],
+}
+
+impl Vectorized for AddRows<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { x, y } = self;
+        for (row, y) in y.chunks_exact(x.width()).enumerate() {
+            // Rows are far apart, so that the core does not see the next ones coming.
+            x.fetch(row + AHEAD);
+            Add { x: x.row(row), y }.run();
+        }
     }
 }
 

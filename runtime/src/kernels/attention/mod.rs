@@ -329,15 +329,15 @@ fn softmax_step<const TERMS: usize>(
     // A NaN is passed over here, but its exponential is not.
     let page = math::max(scores);
     let new = if page > *max { page } else { *max };
-    if new > *max {
+    if new > *max && *max > f32::NEG_INFINITY {
         let correction = math::exp(*max - new);
         sum.iter_mut().for_each(|sum| *sum *= correction);
         for mixed in mixed {
             let scaled = *mixed * correction;
             *mixed = if scaled.abs() < SMALLEST { 0.0 } else { scaled };
         }
-        *max = new;
     }
+    *max = new;
     // Finite, so that it is above the −∞ of what is not seen even where nothing was seen before.
     let least = (new - FARTHEST).max(f32::MIN);
     let mut added = [0f32; LANES];
