@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use crate::error::QuantError;
 use crate::gptq::{ActOrder, GptqParams};
 use crate::grid::{Granularity, Grid};
-use crate::hessian::Moments;
+use crate::hessian::{Moments, mirror};
 use crate::linalg::{NonPositivePivot, Products, cholesky_in_place};
 use crate::refine::Curvature;
 
@@ -298,18 +298,9 @@ fn climb(
     (None, reason)
 }
 
-/// Copies the strict upper triangle (column major: row < column) back onto the lower, in tiles that stay in cache.
+/// Copies the strict upper triangle (column major: row < column) back onto the lower.
 fn restore(h: &mut [f64], n: usize) {
-    const TILE: usize = 32;
-    for top in (0..n).step_by(TILE) {
-        for left in (0..=top).step_by(TILE) {
-            for row in top..n.min(top + TILE) {
-                for col in left..row.min(left + TILE) {
-                    h[col * n + row] = h[row * n + col];
-                }
-            }
-        }
-    }
+    mirror(h, n, |_| ());
 }
 
 /// `R[a, b]`, `a ≤ b`, out of the Cholesky factor of the reversed matrix.

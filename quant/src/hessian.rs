@@ -174,7 +174,9 @@ impl Moments {
         self.settle();
         self.spare.clear();
         let factor = 2.0 / self.count();
-        scale_and_mirror(&mut self.second, self.n, factor);
+        mirror(&mut self.second, self.n, |values| {
+            values.iter_mut().for_each(|value| *value *= factor);
+        });
         Hessian {
             n: self.n,
             values: self.second,
@@ -201,17 +203,25 @@ impl Moments {
     }
 }
 
-/// Multiplies the lower triangle (column ≤ row) and copies it onto the upper, in tiles that stay in cache.
-fn scale_and_mirror(values: &mut [f64], n: usize, factor: f64) {
+/// Copies the lower triangle (column ≤ row) of `values[n, n]` onto the upper, once `prepare` has seen each piece of its
+/// rows. Tiles are turned in a buffer: rows are often a power of two apart, and their lines then drive each other out.
+pub(crate) fn mirror(values: &mut [f64], n: usize, prepare: impl Fn(&mut [f64])) {
     const TILE: usize = 32;
+    let mut turned = [[0f64; TILE]; TILE];
     for top in (0..n).step_by(TILE) {
+        let bottom = n.min(top + TILE);
         for left in (0..=top).step_by(TILE) {
-            for row in top..n.min(top + TILE) {
-                for col in left..(row + 1).min(left + TILE) {
-                    let value = values[row * n + col] * factor;
-                    values[row * n + col] = value;
-                    values[col * n + row] = value;
+            for row in top..bottom {
+                let piece = &mut values[row * n..][left..(row + 1).min(left + TILE)];
+                prepare(piece);
+                for (turned, &value) in turned.iter_mut().zip(&*piece) {
+                    turned[row - top] = value;
                 }
+            }
+            for (turned, col) in turned.iter().zip(left..n) {
+                let first = bottom.min(top.max(col + 1));
+                let values = &mut values[col * n..][first..bottom];
+                values.copy_from_slice(&turned[first - top..bottom - top]);
             }
         }
     }

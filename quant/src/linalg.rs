@@ -10,7 +10,7 @@ const STRIP: usize = 256;
 const SPAN: usize = 4 * STRIP;
 /// Rows or columns per task of the updates.
 const TASK: usize = 256;
-/// Rows of a tile's inverse multiplied at once.
+/// Rows of a tile's inverse multiplied at once, and columns of a square on the diagonal.
 const PART: usize = 64;
 /// Rows updated at once: the products of a task's columns with them stay in cache.
 const ROWS: usize = 256;
@@ -121,23 +121,29 @@ fn subtract_outer<T: Precision>(
         values.for_each(|(value, &done)| *value = T::rounded(done));
     });
     let strip = View::col_major(&strip, size, depth);
-    let left = Left::new(isa, strip.subrows(0, columns.len() / n));
+    let packed = Left::new(isa, strip.subrows(0, columns.len() / n));
     let right = Right::new(isa, strip);
     let tasks = columns.par_chunks_mut(TASK * n).enumerate();
     tasks.for_each(|(task, columns)| {
         let (first, count) = (task * TASK, columns.len() / n);
-        let pivots = left.lines(first..first + count);
         let mut products = vec![T::default(); count * ROWS];
         for top in (first..size).step_by(ROWS) {
-            let height = ROWS.min(size - top);
-            let rest = right.lines(top..top + height);
-            product(isa, &mut products, ROWS, Store::Replace, pivots, rest);
-            let columns = columns.chunks_mut(n).zip(products.chunks(ROWS));
-            for (j, (column, products)) in columns.enumerate() {
-                let column = &mut column[n - size + top..][..height];
-                let above = (first + j).saturating_sub(top).min(height);
-                for (value, &product) in column.iter_mut().zip(products).skip(above) {
-                    *value -= product.into();
+            // Of the square on the diagonal, not much more than the lower half.
+            let width = if top == first { PART } else { count };
+            for left in (0..count).step_by(width) {
+                let (width, skipped) =
+                    (width.min(count - left), if top == first { left } else { 0 });
+                let (top, height) = (top + skipped, ROWS.min(size - top) - skipped);
+                let pivots = packed.lines(first + left..first + left + width);
+                let rest = right.lines(top..top + height);
+                product(isa, &mut products, ROWS, Store::Replace, pivots, rest);
+                let columns = columns[left * n..].chunks_mut(n).zip(products.chunks(ROWS));
+                for (j, (column, products)) in columns.enumerate().take(width) {
+                    let column = &mut column[n - size + top..][..height];
+                    let above = (first + left + j).saturating_sub(top).min(height);
+                    for (value, &product) in column.iter_mut().zip(products).skip(above) {
+                        *value -= product.into();
+                    }
                 }
             }
         }

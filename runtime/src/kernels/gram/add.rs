@@ -3,6 +3,8 @@
 //! A block of the matrix is fetched once for all slabs. In between it lies in the second cache as tiles: the rows of the
 //! matrix itself are often a power of two apart and would drive each other out.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Slab;
@@ -57,30 +59,20 @@ impl<'a> Addend<'a> {
         Self { slab, massive }
     }
 
-    /// Adds to the tiles of the panels of rows from `first` and of columns from `start` on, at and before the diagonal.
-    fn add(
-        &self,
-        isa: Isa,
-        first: usize,
-        start: usize,
-        tiles: &mut [[Tile; ROWS]; COLS],
-        last: usize,
-    ) {
+    /// Adds the products of the panels `left` and `right` to their tile.
+    fn add(&self, isa: Isa, [left, right]: [usize; 2], ahead: &[&[f64]], tile: &mut Tile) {
         let slab = self.slab;
         let mut sums: Sums = [[0; WIDTH]; WIDTH];
-        for (right, tiles) in (start..last).zip(tiles) {
-            for (left, tile) in (first..last).zip(tiles).skip(right.saturating_sub(first)) {
-                tile::products(isa, slab.panel(left), slab.panel(right), &mut sums);
-                isa.run(AddSums {
-                    slab,
-                    left,
-                    right,
-                    sums: &sums,
-                    tile,
-                });
-                self.add_massive(isa, left, right, tile);
-            }
-        }
+        let panels = [left, right].map(|panel| slab.panel(panel));
+        tile::products(isa, panels[0], panels[1], ahead, &mut sums);
+        isa.run(AddSums {
+            slab,
+            left,
+            right,
+            sums: &sums,
+            tile,
+        });
+        self.add_massive(isa, left, right, tile);
     }
 
     /// Adds the massive tokens' products.
@@ -99,32 +91,54 @@ impl<'a> Addend<'a> {
     }
 }
 
-/// The rows from panel `first` on.
+/// The rows from panel `first` on. A tile is copied from the matrix when the first slab comes to it, and back after the
+/// last one; its lines are on their way since the tile before.
 fn add_rows(isa: Isa, slabs: &[Addend<'_>], first: usize, n: usize, rows: &mut [f64]) {
     let last = first + (rows.len() / n).div_ceil(WIDTH);
-    let mut tiles = vec![[[[0f64; WIDTH]; WIDTH]; ROWS]; COLS];
-    let tiles: &mut [[Tile; ROWS]; COLS] = tiles.as_mut_array().expect("as many");
+    let mut tiles: Vec<Tile> = vec![[[0.0; WIDTH]; WIDTH]; ROWS * COLS];
     for start in (0..last).step_by(COLS) {
-        for (at, row) in rows.chunks(n).enumerate() {
-            let row = &row[..=first * WIDTH + at];
-            for (values, tiles) in row[(start * WIDTH).min(row.len())..]
-                .chunks(WIDTH)
-                .zip(&mut *tiles)
-            {
-                tiles[at / WIDTH][at % WIDTH][..values.len()].copy_from_slice(values);
-            }
-        }
-        for slab in slabs {
-            slab.add(isa, first, start, tiles, last);
-        }
-        for (at, row) in rows.chunks_mut(n).enumerate() {
-            let row = &mut row[..=first * WIDTH + at];
-            let from = (start * WIDTH).min(row.len());
-            for (values, tiles) in row[from..].chunks_mut(WIDTH).zip(&*tiles) {
-                values.copy_from_slice(&tiles[at / WIDTH][at % WIDTH][..values.len()]);
+        let pairs: Vec<[usize; 2]> = (start..last.min(start + COLS))
+            .flat_map(|right| (first.max(right)..last).map(move |left| [left, right]))
+            .collect();
+        for (at, slab) in slabs.iter().enumerate() {
+            let (begins, ends) = (at == 0, at + 1 == slabs.len());
+            for (at, (tile, &pair)) in tiles.iter_mut().zip(&pairs).enumerate() {
+                if begins {
+                    for (values, line) in tile.iter_mut().zip(lines(rows.len(), n, first, pair)) {
+                        values[..line.len()].copy_from_slice(&rows[line]);
+                    }
+                }
+                let mut ahead = Vec::new();
+                if let Some(&next) = pairs.get(at + 1).filter(|_| begins || ends) {
+                    // One more line of the cache, since a row of the tile need not begin with one.
+                    let line = |line: Range<usize>| &rows[line.start..rows.len().min(line.end + 8)];
+                    ahead.extend(lines(rows.len(), n, first, next).map(line));
+                }
+                slab.add(isa, pair, &ahead, tile);
+                if ends {
+                    for (values, line) in tile.iter().zip(lines(rows.len(), n, first, pair)) {
+                        let width = line.len();
+                        rows[line].copy_from_slice(&values[..width]);
+                    }
+                }
             }
         }
     }
+}
+
+/// Where the rows of a tile lie in the rows from panel `first` on, `len` values, as far as they are at or before the
+/// diagonal.
+fn lines(
+    len: usize,
+    n: usize,
+    first: usize,
+    [left, right]: [usize; 2],
+) -> impl Iterator<Item = Range<usize>> {
+    let top = (left - first) * WIDTH;
+    (top..(len / n).min(top + WIDTH)).map(move |row| {
+        let start = row * n + right * WIDTH;
+        start..start + WIDTH.min(first * WIDTH + row + 1 - right * WIDTH)
+    })
 }
 
 /// Adds the sums of panels `left` and `right`, of which the left codes carry 128 too much, to their tile.

@@ -216,7 +216,7 @@ impl Slab {
         let mut sums: Sums = [[0; WIDTH]; WIDTH];
         let mut total = 0.0;
         for right in 0..=left {
-            tile::products(isa, self.panel(left), self.panel(right), &mut sums);
+            tile::products(isa, self.panel(left), self.panel(right), &[], &mut sums);
             total += isa.run(Weighted {
                 slab: self,
                 left,

@@ -69,7 +69,13 @@ impl Vectorized for Rounding<'_> {
             let tokens = copy(rows, self.features, columns.clone(), &mut piece);
             for (panel, (largest, sums)) in largest.iter().zip(&mut *sums).enumerate() {
                 let words = &mut words[panel * quads..][..quads][at * TOKENS / QUAD..];
-                encode(&piece[..tokens], panel, largest, words, sums);
+                encode(
+                    &piece[..tokens.next_multiple_of(QUAD)],
+                    panel,
+                    largest,
+                    words,
+                    sums,
+                );
             }
         }
         for scale in largest.as_flattened_mut() {
@@ -86,13 +92,15 @@ fn fetch(rows: &[f32], features: usize, columns: Range<usize>) {
     }
 }
 
-/// Copies the `columns` of some tokens (`[tokens, features]`), and counts the tokens.
+/// Copies the `columns` of some tokens (`[tokens, features]`), with zeros up to a whole quad, and counts the tokens.
 #[inline(always)]
 fn copy(rows: &[f32], features: usize, columns: Range<usize>, piece: &mut Piece) -> usize {
     for (copy, row) in piece.iter_mut().zip(rows.chunks_exact(features)) {
         copy[..columns.len()].copy_from_slice(&row[columns.clone()]);
     }
-    rows.len() / features
+    let tokens = rows.len() / features;
+    piece[tokens..tokens.next_multiple_of(QUAD)].fill([0.0; PANELS * WIDTH]);
+    tokens
 }
 
 /// Takes some tokens of a panel into its largest magnitudes, and sums of magnitudes and squares.
@@ -108,14 +116,15 @@ fn measure(
         let x = &token.as_chunks::<WIDTH>().0[panel];
         for i in 0..WIDTH {
             most[i] = most[i].max(x[i].abs());
-            abs[i] += f64::from(x[i].abs());
-            square[i] = f64::from(x[i]).mul_add(f64::from(x[i]), square[i]);
+            let magnitude = f64::from(x[i].abs());
+            abs[i] += magnitude;
+            square[i] = magnitude.mul_add(magnitude, square[i]);
         }
     }
     (*largest, *abs_sums, *square_sums) = (most, abs, square);
 }
 
-/// Writes the code words of some tokens of a panel, and adds the codes to its sums.
+/// Writes the code words of some tokens of a panel, whole quads, and adds the codes to its sums.
 #[inline(always)]
 fn encode(
     tokens: &[[f32; PANELS * WIDTH]],
@@ -131,17 +140,19 @@ fn encode(
         *inverse = if exact.is_finite() { exact } else { 0.0 };
     }
     let mut total = *sums;
-    for (tokens, words) in tokens.chunks(QUAD).zip(words) {
-        let mut quad = [OFFSET; WIDTH];
-        for (at, token) in tokens.iter().enumerate() {
-            let x = &token.as_chunks::<WIDTH>().0[panel];
-            for i in 0..WIDTH {
-                let code = (x[i] * inverse[i] + TO_INTEGER).to_bits();
-                quad[i] ^= (code & 0xff) << (8 * at);
-                total[i] += i32::from(code as i8);
+    for (tokens, words) in tokens.as_chunks::<QUAD>().0.iter().zip(words) {
+        let quad = tokens
+            .each_ref()
+            .map(|token| &token.as_chunks::<WIDTH>().0[panel]);
+        for i in 0..WIDTH {
+            let codes = quad.map(|x| (x[i] * inverse[i] + TO_INTEGER).to_bits());
+            let bytes = codes.map(|code| code & 0xff);
+            words[i] = OFFSET ^ (bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24);
+            // The integer is added to what stands for zero.
+            for code in codes {
+                total[i] = total[i].wrapping_add(code.wrapping_sub(TO_INTEGER.to_bits()) as i32);
             }
         }
-        *words = quad;
     }
     *sums = total;
 }

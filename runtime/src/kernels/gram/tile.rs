@@ -1,5 +1,6 @@
 //! Exact sums of products of codes, thirty-two features by thirty-two.
 
+use crate::kernels::ahead;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
 /// Features of a panel.
@@ -15,8 +16,9 @@ type Words = [u32; WIDTH];
 /// The sums of two panels.
 pub(super) type Sums = [[i32; WIDTH]; WIDTH];
 
-/// `Σ (left + 128)·right` for all codes of two panels (`[quads][WIDTH]`).
-pub(super) fn products(isa: Isa, left: &[u32], right: &[u32], sums: &mut Sums) {
+/// `Σ (left + 128)·right` for all codes of two panels (`[quads][WIDTH]`). Meanwhile `ahead`, a row of a tile each, is
+/// fetched, a few rows at a time.
+pub(super) fn products(isa: Isa, left: &[u32], right: &[u32], ahead: &[&[f64]], sums: &mut Sums) {
     let ((left, rest), (right, other)) = (left.as_chunks(), right.as_chunks());
     assert!(
         left.len() == right.len() && rest.is_empty() && other.is_empty(),
@@ -25,6 +27,9 @@ pub(super) fn products(isa: Isa, left: &[u32], right: &[u32], sums: &mut Sums) {
     *sums = [[0; WIDTH]; WIDTH];
     for (left, right) in left.chunks(DEPTH).zip(right.chunks(DEPTH)) {
         for (part, sums) in sums.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+            for row in ahead.iter().skip(part * ROWS).take(ROWS) {
+                ahead::fetch(row);
+            }
             match isa.level() {
                 // SAFETY: an `Isa` of this level exists only where detection found these features.
                 #[cfg(target_arch = "x86_64")]
