@@ -7,7 +7,7 @@ use crate::kernels::isa::{Isa, Level, Vectorized};
 
 /// [`Vectors`] of two halves, 8 rows each, that differ in their dot product.
 #[derive(Clone, Copy)]
-pub(super) struct Halves<D>(D);
+pub(super) struct Halves<D>(pub(super) D);
 
 /// A dot product of 8 rows. A value of an implementation proves the features of [`Dot::run`], among them AVX2, FMA and
 /// F16C.
@@ -43,7 +43,7 @@ pub(super) struct Nibbles(());
 impl Halves<Nibbles> {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
-        (isa.level() == Level::Avx2).then_some(Self(Nibbles(())))
+        (isa.level() >= Level::Avx2).then_some(Self(Nibbles(())))
     }
 }
 
@@ -103,7 +103,7 @@ pub(super) struct Bytes(());
 impl Halves<Bytes> {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
-        (isa.level() == Level::Avx2).then_some(Self(Bytes(())))
+        (isa.level() >= Level::Avx2).then_some(Self(Bytes(())))
     }
 }
 

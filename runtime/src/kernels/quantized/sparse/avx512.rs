@@ -7,15 +7,17 @@ use qbin_format::{QuantizedView, TILE_ROWS};
 use super::cursor::{Cursor, QUADS, vectors_of};
 use super::{STEP, VECTOR, Zeros};
 use crate::kernels::isa::Isa;
+use crate::kernels::quantized::avx512::Avx512;
 
 /// Proof of AVX-512 F, BW, DQ, VL, VNNI, VBMI and VBMI2, and of `popcnt`.
 #[derive(Clone, Copy)]
-pub(super) struct Vbmi2(());
+pub(super) struct Vbmi2(pub(super) Avx512);
 
 impl Vbmi2 {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
-        (isa.has_vbmi2() && is_x86_feature_detected!("popcnt")).then_some(Self(()))
+        let there = isa.has_vbmi2() && is_x86_feature_detected!("popcnt");
+        Avx512::of(isa).filter(|_| there).map(Self)
     }
 
     /// Expands one panel of a bitmask into dense tiles.

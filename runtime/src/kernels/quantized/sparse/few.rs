@@ -8,22 +8,25 @@ use qbin_format::TILE_ROWS;
 use super::avx512::{self, Vbmi2};
 use super::cursor::{Cursor, QUADS};
 use super::{STEP, Zeros};
+use crate::kernels::isa::Isa;
 use crate::kernels::quantized::Product;
 
 /// Most tokens of this kernel: their sums, twice for even and odd quads, stay in registers beside eight quads of codes.
 pub(super) const TOKENS: usize = 6;
 
-/// The product for at most [`TOKENS`] tokens.
-pub(super) fn run(_proof: Vbmi2, masks: &[u8], mut product: Product) {
-    for panel in product.panels.clone() {
+/// The product for at most [`TOKENS`] tokens, if this level can expand in registers.
+pub(super) fn run(isa: Isa, masks: &[u8], product: &mut Product) -> bool {
+    let there = Vbmi2::of(isa).is_some();
+    for panel in product.panels.clone().filter(|_| there) {
         // SAFETY: there is proof of the features.
         unsafe {
             match product.w.scheme.bits {
-                8 => of_tokens::<8>(&mut product, masks, panel),
-                _ => of_tokens::<4>(&mut product, masks, panel),
+                8 => of_tokens::<8>(product, masks, panel),
+                _ => of_tokens::<4>(product, masks, panel),
             }
         }
     }
+    there
 }
 
 /// # Safety

@@ -1,9 +1,9 @@
 //! Products of sparse weights: masks and stored codes become dense tiles on the fly.
 //!
 //! What a panel expands to is [`QuantizedView::expand_panel`]'s to say, and the product is that of the dense tiles, so
-//! every instruction set gives the bits of the dense kernels on the unpacked matrix. For a few tokens the AVX-512
-//! kernels expand a bitmask in registers, and select the activations that the codes of two of four meet; in every other case
-//! some panels are expanded into a buffer that stays in the cache, and the dense kernels take them from there.
+//! every instruction set gives the bits of the dense kernels on the unpacked matrix. For a few tokens, AVX-512
+//! expands a bitmask in registers, and AVX2 and AVX-512 select the activations that the codes of two of four meet; in every other
+//! case some panels are expanded into a buffer that stays in the cache, and the dense kernels take them from there.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -50,18 +50,17 @@ thread_local! {
 /// The product of sparse weights.
 pub(super) fn run(isa: Isa, mut product: Product) {
     #[cfg(target_arch = "x86_64")]
-    if one_zero_per_step(product.w)
-        && product.x.group().is_multiple_of(STEP)
-        && let Some(vbmi2) = avx512::Vbmi2::of(isa)
-    {
-        match product.w.sparsity {
-            Sparsity::Bitmask { masks, .. } if product.x.tokens() <= few::TOKENS => {
-                return few::run(vbmi2, masks, product);
+    if one_zero_per_step(product.w) && product.x.group().is_multiple_of(STEP) {
+        let tokens = product.x.tokens();
+        let done = match product.w.sparsity {
+            Sparsity::Bitmask { masks, .. } if tokens <= few::TOKENS => {
+                few::run(isa, masks, &mut product)
             }
-            Sparsity::TwoOfFour if product.x.tokens() <= select::TOKENS => {
-                return select::run(vbmi2, product);
-            }
-            _ => {}
+            Sparsity::TwoOfFour if tokens <= select::TOKENS => select::run(isa, &mut product),
+            _ => false,
+        };
+        if done {
+            return;
         }
     }
     let (w, panels) = (product.w, product.panels.clone());
