@@ -375,14 +375,17 @@ mod arm {
     }
 
     fn multiply_adds() {
-        let half = black_box(vdupq_n_f32(0.5));
-        let mut registers: [float32x4_t; 16] = [black_box(vdupq_n_f32(1.0)); 16];
-        for _ in 0..STEPS {
-            for register in &mut registers {
-                *register = vfmaq_f32(half, *register, half);
+        // SAFETY: NEON is part of every AArch64 target.
+        unsafe {
+            let half = black_box(vdupq_n_f32(0.5));
+            let mut registers: [float32x4_t; 16] = [black_box(vdupq_n_f32(1.0)); 16];
+            for _ in 0..STEPS {
+                for register in &mut registers {
+                    *register = vfmaq_f32(half, *register, half);
+                }
             }
+            black_box(registers);
         }
-        black_box(registers);
     }
 }
 

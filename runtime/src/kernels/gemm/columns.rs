@@ -1,6 +1,8 @@
 //! Eight rows read as columns: what packing and transposing are made of.
 
-use crate::kernels::isa::{Isa, Level, Vectorized};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Level;
+use crate::kernels::isa::{Isa, Vectorized};
 
 /// Rows read together.
 pub(super) const ROWS: usize = 8;

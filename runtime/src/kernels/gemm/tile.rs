@@ -6,7 +6,9 @@
 use std::ops::{AddAssign, SubAssign};
 
 use super::columns;
-use crate::kernels::isa::{Isa, Level, Vectorized};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Level;
+use crate::kernels::isa::{Isa, Vectorized};
 
 /// Rows of a tile, and of a panel of a left operand.
 pub const ROWS: usize = 8;

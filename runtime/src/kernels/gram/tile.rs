@@ -1,7 +1,9 @@
 //! Exact sums of products of codes, thirty-two features by thirty-two.
 
 use crate::kernels::ahead;
-use crate::kernels::isa::{Isa, Level, Vectorized};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Level;
+use crate::kernels::isa::{Isa, Vectorized};
 
 /// Features of a panel.
 pub(super) const WIDTH: usize = 32;
