@@ -83,15 +83,7 @@ impl<D: Dot> Select for Halves<D> {
         let one = unsafe { _mm256_set1_epi8((D::CENTRE + 1) as i8) };
         for pair in 0..PAIRS {
             let pair_of_block = AT * PAIRS + pair;
-            let codes = codes_of::<BITS, BYTES>(block, pair_of_block);
-            if BITS == 8 || pair % 2 == 0 {
-                fetch::<_, BITS, T>(self, codes);
-            }
-            let codes = match (BITS, pair % 2) {
-                (8, _) => self.codes(codes),
-                (_, 0) => self.low(codes),
-                (_, _) => self.high(codes),
-            };
+            let codes = codes_of::<_, BITS, BYTES, T>(self, block, pair_of_block);
             for half in 0..2 {
                 // SAFETY: as above; 16 bytes are read of the 64 choices.
                 unsafe {

@@ -99,15 +99,7 @@ impl Select for Vbmi2 {
             }
             for pair in 0..PAIRS {
                 let pair_of_block = AT * PAIRS + pair;
-                let codes = codes_of::<BITS, BYTES>(block, pair_of_block);
-                if BITS == 8 || pair % 2 == 0 {
-                    fetch::<_, BITS, T>(v, codes);
-                }
-                let codes = match (BITS, pair % 2) {
-                    (8, _) => v.codes(codes),
-                    (_, 0) => v.low(codes),
-                    (_, _) => v.high_in_place(codes),
-                };
+                let codes = codes_of::<_, BITS, BYTES, T>(v, block, pair_of_block);
                 let (columns, first_bit) = match pair_of_block {
                     15 => (columns[3], 0),
                     _ => (columns[pair_of_block / 5], 12 * (pair_of_block % 5)),

@@ -244,9 +244,21 @@ fn fetch<V: Vectors, const BITS: u8, const T: usize>(v: V, vector: &[u8; VECTOR]
     }
 }
 
-/// The vector of codes of a pair of quads of a block, in a nibble of it with 4 bits.
+/// The codes of a pair of quads of a block; with 4 bits, those of odd pairs as [`Vectors::high_in_place`] gives them.
 #[inline(always)]
-fn codes_of<const BITS: u8, const BYTES: usize>(block: &[u8; BYTES], pair: usize) -> &[u8; VECTOR] {
+fn codes_of<V: Vectors, const BITS: u8, const BYTES: usize, const T: usize>(
+    v: V,
+    block: &[u8; BYTES],
+    pair: usize,
+) -> V::Codes {
     let (codes, _) = block[WHICH..].as_chunks();
-    &codes[pair * usize::from(BITS) / 8]
+    let codes = &codes[pair * usize::from(BITS) / 8];
+    if BITS == 8 || pair.is_multiple_of(2) {
+        fetch::<_, BITS, T>(v, codes);
+    }
+    match (BITS, pair % 2) {
+        (8, _) => v.codes(codes),
+        (_, 0) => v.low(codes),
+        (_, _) => v.high_in_place(codes),
+    }
 }
