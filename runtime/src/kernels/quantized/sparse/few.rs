@@ -16,8 +16,10 @@ pub(super) const TOKENS: usize = 6;
 
 /// The product for at most [`TOKENS`] tokens, if this level can expand in registers.
 pub(super) fn run(isa: Isa, masks: &[u8], product: &mut Product) -> bool {
-    let there = Vbmi2::of(isa).is_some();
-    for panel in product.panels.clone().filter(|_| there) {
+    if Vbmi2::of(isa).is_none() {
+        return false;
+    }
+    for panel in product.panels.clone() {
         // SAFETY: there is proof of the features.
         unsafe {
             match product.w.scheme.bits {
@@ -26,7 +28,7 @@ pub(super) fn run(isa: Isa, masks: &[u8], product: &mut Product) -> bool {
             }
         }
     }
-    there
+    true
 }
 
 /// # Safety

@@ -6,8 +6,7 @@ use std::arch::x86_64::*;
 use qbin_format::TILE_ROWS;
 
 use super::super::VECTOR;
-use super::super::two_of_four::WHICH;
-use super::{FIRST, PAIRS, Select, codes_of, fetch};
+use super::{FIRST, PAIRS, Select, codes_of};
 use crate::kernels::isa::Vectorized;
 use crate::kernels::quantized::avx2::{Dot, Halves};
 use crate::kernels::quantized::vectors::Vectors;
@@ -40,26 +39,20 @@ impl<D: Dot> Select for Halves<D> {
     }
 
     #[inline(always)]
-    fn columns<const BITS: u8, const BYTES: usize, const T: usize>(
-        self,
-        block: &[u8; BYTES],
-    ) -> [[__m256i; 2]; 4] {
-        let mut columns = [self.splat(0); 4];
-        let (vectors, _) = block[..WHICH].as_chunks::<VECTOR>();
-        for (columns, vector) in columns.iter_mut().zip(vectors) {
-            fetch::<_, BITS, T>(self, vector);
-            *columns = self.codes(vector);
-        }
+    fn columns(self, [a, b, c]: [[__m256i; 2]; 3]) -> [[__m256i; 2]; 4] {
+        let mut last = self.splat(0);
         for half in 0..2 {
-            let [a, b, c, _] = columns.map(|columns| columns[half]);
             // SAFETY: as above.
-            columns[3][half] = unsafe {
-                let second = _mm256_and_si256(_mm256_srli_epi64::<56>(b), _mm256_set1_epi64x(0xf0));
-                let third = _mm256_and_si256(_mm256_srli_epi64::<52>(c), _mm256_set1_epi64x(0xf00));
-                _mm256_or_si256(_mm256_srli_epi64::<60>(a), _mm256_or_si256(second, third))
+            last[half] = unsafe {
+                let first = _mm256_srli_epi64::<60>(a[half]);
+                let second = _mm256_srli_epi64::<56>(b[half]);
+                let second = _mm256_and_si256(second, _mm256_set1_epi64x(0xf0));
+                let third = _mm256_srli_epi64::<52>(c[half]);
+                let third = _mm256_and_si256(third, _mm256_set1_epi64x(0xf00));
+                _mm256_or_si256(first, _mm256_or_si256(second, third))
             };
         }
-        columns
+        [a, b, c, last]
     }
 
     #[inline(always)]

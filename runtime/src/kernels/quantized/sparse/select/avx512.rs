@@ -7,8 +7,7 @@ use qbin_format::TILE_ROWS;
 
 use super::super::VECTOR;
 use super::super::avx512::{self, Vbmi2};
-use super::super::two_of_four::WHICH;
-use super::{FIRST, PAIRS, Select, codes_of, fetch};
+use super::{FIRST, PAIRS, Select, codes_of};
 use crate::kernels::isa::Vectorized;
 use crate::kernels::quantized::avx512::Avx512;
 use crate::kernels::quantized::vectors::Vectors;
@@ -51,26 +50,16 @@ impl Select for Vbmi2 {
     }
 
     #[inline(always)]
-    fn columns<const BITS: u8, const BYTES: usize, const T: usize>(
-        self,
-        block: &[u8; BYTES],
-    ) -> [__m512i; 4] {
-        let v = self.vectors();
-        let mut columns = [v.splat(0); 4];
-        let (vectors, _) = block[..WHICH].as_chunks::<VECTOR>();
-        for (columns, vector) in columns.iter_mut().zip(vectors) {
-            fetch::<_, BITS, T>(v, vector);
-            *columns = v.codes(vector);
-        }
-        let [a, b, c, last] = &mut columns;
+    fn columns(self, [a, b, c]: [__m512i; 3]) -> [__m512i; 4] {
         // SAFETY: as above.
         unsafe {
-            *last = _mm512_srli_epi64::<60>(*a);
+            let last = _mm512_srli_epi64::<60>(a);
             let (second, third) = (_mm512_set1_epi64(0xf0), _mm512_set1_epi64(0xf00));
-            *last = _mm512_ternarylogic_epi64::<AND_OR>(_mm512_srli_epi64::<56>(*b), second, *last);
-            *last = _mm512_ternarylogic_epi64::<AND_OR>(_mm512_srli_epi64::<52>(*c), third, *last);
+            let last =
+                _mm512_ternarylogic_epi64::<AND_OR>(_mm512_srli_epi64::<56>(b), second, last);
+            let last = _mm512_ternarylogic_epi64::<AND_OR>(_mm512_srli_epi64::<52>(c), third, last);
+            [a, b, c, last]
         }
-        columns
     }
 
     #[inline(always)]
@@ -100,12 +89,8 @@ impl Select for Vbmi2 {
             for pair in 0..PAIRS {
                 let pair_of_block = AT * PAIRS + pair;
                 let codes = codes_of::<_, BITS, BYTES, T>(v, block, pair_of_block);
-                let (columns, first_bit) = match pair_of_block {
-                    15 => (columns[3], 0),
-                    _ => (columns[pair_of_block / 5], 12 * (pair_of_block % 5)),
-                };
-                let bits = _mm512_set1_epi64(bits_of_codes(first_bit as u8));
-                let at = _mm512_multishift_epi64_epi8(bits, columns);
+                let bits = _mm512_set1_epi64(bits_of_codes(12 * (pair_of_block % 5) as u8));
+                let at = _mm512_multishift_epi64_epi8(bits, columns[pair_of_block / 5]);
                 let first = _mm512_set1_epi32(FIRST + 0x1010_1010 * pair as i32);
                 let at = _mm512_ternarylogic_epi32::<AND_OR>(at, _mm512_set1_epi8(3), first);
                 for (sums, chosen) in sums.iter_mut().zip(chosen) {

@@ -59,11 +59,8 @@ trait Select: Copy {
     /// Runs work compiled for these instructions.
     fn run<W: Vectorized>(self, work: W) -> W::Output;
     fn vectors(self) -> Self::Vectors;
-    /// Reads which columns of a block are stored.
-    fn columns<const BITS: u8, const BYTES: usize, const T: usize>(
-        self,
-        block: &[u8; BYTES],
-    ) -> Self::Columns;
+    /// Of the three vectors that a block begins with.
+    fn columns(self, vectors: [<Self::Vectors as Vectors>::Codes; 3]) -> Self::Columns;
     /// Sums of nothing.
     fn none(self) -> Self::Sums;
     /// Adds step `AT` of a block.
@@ -199,7 +196,7 @@ fn panel<S: Select, const BITS: u8, const BYTES: usize, const T: usize>(
         for t in 1..T {
             of_block[t] = &choices[t][at].0;
         }
-        let columns = v.columns::<BITS, BYTES, T>(block);
+        let columns = v.columns(columns_of::<_, BITS, BYTES, T>(vectors, block));
         // Constants make a step fast, so that each is code of its own.
         macro_rules! step {
             ($step:literal) => {
@@ -242,6 +239,21 @@ fn fetch<V: Vectors, const BITS: u8, const T: usize>(v: V, vector: &[u8; VECTOR]
     if 2 * T * 8 / usize::from(BITS) > LATE {
         v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
     }
+}
+
+/// The three vectors of a block that say which columns are stored.
+#[inline(always)]
+fn columns_of<V: Vectors, const BITS: u8, const BYTES: usize, const T: usize>(
+    v: V,
+    block: &[u8; BYTES],
+) -> [V::Codes; 3] {
+    let (vectors, _) = block.as_chunks();
+    let mut columns = [v.codes(&vectors[0]); 3];
+    for (columns, vector) in columns.iter_mut().zip(vectors) {
+        fetch::<_, BITS, T>(v, vector);
+        *columns = v.codes(vector);
+    }
+    columns
 }
 
 /// The codes of a pair of quads of a block; with 4 bits, those of odd pairs as [`Vectors::high_in_place`] gives them.
