@@ -1,5 +1,6 @@
 //! AVX2, with and without the 256-bit byte dot product of AVX-VNNI: two registers hold the 16 rows of a panel.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::vectors::Vectors;
@@ -15,11 +16,22 @@ pub(super) trait Dot: Copy {
     type Sum: Copy;
     const CENTRE: i32;
     const TOKENS: usize;
+    const SUMS: usize;
     fn run<W: Vectorized>(self, work: W) -> W::Output;
     fn start(self, start: __m256i) -> Self::Sum;
     fn dot(self, sum: Self::Sum, codes: __m256i, quad: __m256i) -> Self::Sum;
     fn carry(self, sum: Self::Sum) -> Self::Sum;
     fn total(self, sum: Self::Sum) -> __m256i;
+    /// [`Vectors::in_turn`].
+    #[inline(always)]
+    fn in_turn(self, sum: Self::Sum) -> Self::Sum {
+        sum
+    }
+    /// [`Vectors::anew`].
+    #[inline(always)]
+    fn anew(self, bytes: &[u8; 64]) -> &[u8; 64] {
+        bytes
+    }
 }
 
 /// # Safety
@@ -47,6 +59,17 @@ impl Halves<Nibbles> {
     }
 }
 
+/// A value of which the compiler knows nothing.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn opaque(mut value: __m256i) -> __m256i {
+    // SAFETY: no instruction.
+    unsafe {
+        asm!("/* {0} */", inout(ymm_reg) value, options(pure, nomem, nostack, preserves_flags));
+    }
+    value
+}
+
 /// Sums of the last columns in i16, and those before in i32.
 #[derive(Clone, Copy)]
 pub(super) struct NibbleSum {
@@ -57,7 +80,9 @@ pub(super) struct NibbleSum {
 impl Dot for Nibbles {
     type Sum = NibbleSum;
     const CENTRE: i32 = 0;
-    const TOKENS: usize = 3;
+    /// 12 sums in i16, 2 vectors of codes, one of activations and one of products; sums in i32 are in memory meanwhile.
+    const TOKENS: usize = 6;
+    const SUMS: usize = 3;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: `self` proves the features.
@@ -93,6 +118,23 @@ impl Dot for Nibbles {
     fn total(self, sum: NibbleSum) -> __m256i {
         sum.before
     }
+
+    #[inline(always)]
+    fn in_turn(self, sum: NibbleSum) -> NibbleSum {
+        // SAFETY: `self` proves AVX2.
+        let last = unsafe { opaque(sum.last) };
+        NibbleSum { last, ..sum }
+    }
+
+    #[inline(always)]
+    fn anew(self, bytes: &[u8; 64]) -> &[u8; 64] {
+        let mut at: *const [u8; 64] = bytes;
+        // SAFETY: no instruction; the pointer stays what it was.
+        unsafe {
+            asm!("/* {0} */", inout(reg) at, options(pure, readonly, nostack, preserves_flags));
+            &*at
+        }
+    }
 }
 
 /// Codes of 8 bits, centred: `vpmaddubsw` of magnitude and signed activation gives at most 2·128·127, which fits i16,
@@ -111,6 +153,7 @@ impl Dot for Bytes {
     type Sum = __m256i;
     const CENTRE: i32 = 128;
     const TOKENS: usize = 3;
+    const SUMS: usize = 3;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: `self` proves the features.
@@ -160,6 +203,7 @@ impl Dot for Vnni {
     const CENTRE: i32 = 0;
     /// 10 sums, 2 vectors of codes, one of activations and the nibble mask, of 16 registers.
     const TOKENS: usize = 5;
+    const SUMS: usize = 5;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: `self` proves the features.
@@ -200,6 +244,8 @@ impl<D: Dot> Vectors for Halves<D> {
     const CENTRE: i32 = D::CENTRE;
     const PANELS: usize = 1;
     const TOKENS: usize = D::TOKENS;
+    const SUMS: usize = D::SUMS;
+    const LATE: usize = 0;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         self.0.run(work)
@@ -262,6 +308,16 @@ impl<D: Dot> Vectors for Halves<D> {
     #[inline(always)]
     fn total(self, sum: [D::Sum; 2]) -> [__m256i; 2] {
         [self.0.total(sum[0]), self.0.total(sum[1])]
+    }
+
+    #[inline(always)]
+    fn in_turn(self, sum: [D::Sum; 2]) -> [D::Sum; 2] {
+        [self.0.in_turn(sum[0]), self.0.in_turn(sum[1])]
+    }
+
+    #[inline(always)]
+    fn anew(self, bytes: &[u8; 64]) -> &[u8; 64] {
+        self.0.anew(bytes)
     }
 
     #[inline(always)]

@@ -28,6 +28,8 @@ impl Vectors for Avx512 {
     /// 24 sums, 4 vectors of codes, one of activations and the nibble mask leave two registers of 32.
     const PANELS: usize = 4;
     const TOKENS: usize = 6;
+    const SUMS: usize = Self::PANELS * Self::TOKENS;
+    const LATE: usize = 4;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         /// # Safety

@@ -84,13 +84,13 @@ pub(super) fn dot_quad<V: Vectors, const BYTES: usize, const P: usize, const T: 
         now[p] = match (BYTES, quad % 2) {
             (512, _) => v.codes(vector),
             (_, 0) => v.low(vector),
-            _ => v.high(vector),
+            _ => v.high(v.anew(vector)),
         };
     }
     for t in 0..T {
         let a = v.quad(&activations[t][quad]);
         for p in 0..P {
-            sum[p][t] = v.dot(sum[p][t], now[p], a);
+            sum[p][t] = v.in_turn(v.dot(sum[p][t], now[p], a));
         }
     }
 }

@@ -21,9 +21,7 @@ use crate::kernels::isa::Vectorized;
 /// Tokens for which the weights are streamed once.
 pub(super) const TOKENS: usize = 4;
 
-/// Products of one vector's codes above which a core sees the next loads too late.
-const LATE: usize = 4;
-/// How far ahead codes are then fetched, in bytes.
+/// How far ahead codes are fetched, in bytes, where [`Vectors::LATE`] says so.
 const AHEAD: usize = 2048;
 
 /// Computes a product.
@@ -112,7 +110,7 @@ fn sums_of<V: Vectors, const BYTES: usize, const T: usize>(
     activations: [&[[i8; STEP]]; T],
 ) -> [V::Int; T] {
     // Sums of even and of odd quads, where there are registers for both: one would wait for itself.
-    let odd = usize::from(2 * T <= V::PANELS * V::TOKENS);
+    let odd = usize::from(2 * T <= V::SUMS);
     let mut sums = [start, [v.start(v.splat(0)); T]];
     for (step, codes) in codes.iter().enumerate() {
         let (vectors, _) = codes.as_chunks::<VECTOR>();
@@ -122,7 +120,7 @@ fn sums_of<V: Vectors, const BYTES: usize, const T: usize>(
         }
         for quad in 0..QUADS {
             let vector = &vectors[quad * BYTES / 512];
-            if T * 512 / BYTES > LATE && quad % 2 == 0 {
+            if T * 512 / BYTES > V::LATE && (BYTES == 512 || quad % 2 == 0) {
                 v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
             }
             let codes = match (BYTES, quad % 2, odd) {

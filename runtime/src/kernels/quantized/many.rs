@@ -8,7 +8,7 @@ use std::ops::Range;
 use qbin_format::QuantizedView;
 
 use super::Product;
-use super::blocks::{STEP, carry, dot_quad, parts, starts};
+use super::blocks::{QUADS, STEP, carry, dot_quad, parts, starts};
 use super::output::{Block, Near, Panels};
 use super::panel::Panel;
 use super::vectors::Vectors;
@@ -176,9 +176,9 @@ impl<V: Vectors> Strip<'_, V> {
             ..
         } = self;
         let steps = codes[0].len();
-        let per_group = x.group() / STEP;
+        let (per_group, in_row) = (x.group() / STEP, x.groups());
         let (activations, scales, sums) = x.rows_from(token);
-        let (scales, sums) = (&scales[..T * x.groups()], &sums[..T * x.groups()]);
+        let (scales, sums) = (&scales[..T * in_row], &sums[..T * in_row]);
         let (activations, _) = activations.as_chunks::<STEP>();
         let stride = x.stride() / STEP;
 
@@ -191,30 +191,50 @@ impl<V: Vectors> Strip<'_, V> {
                     v.prefetch_near(places[RESULT].at(left, p).cast());
                 }
             }
-            // The next tokens'.
-            for t in T..2 * T {
-                let next = activations
-                    .as_ptr()
-                    .wrapping_add(t * stride + group * per_group);
-                v.prefetch(next.cast());
-                v.prefetch(next.wrapping_add(2).cast());
+            // The next tokens', where a few instructions more do not count.
+            if P > 1 {
+                for t in T..2 * T {
+                    let next = activations
+                        .as_ptr()
+                        .wrapping_add(t * stride + group * per_group);
+                    v.prefetch(next.cast());
+                    v.prefetch(next.wrapping_add(2).cast());
+                }
             }
             let weight_group = w.scheme.group_of(group * x.group());
-            let now: [i32; T] = std::array::from_fn(|t| sums[t * x.groups() + group]);
+            let mut now = [0; T];
+            for t in 0..T {
+                now[t] = sums[t * in_row + group];
+            }
             let mut sum: [[V::Sum; T]; P] = starts(v, w, panels, weight_group, now);
-            for step in group * per_group..((group + 1) * per_group).min(steps) {
-                let mut now = [&codes[0][step]; P];
+            let steps = group * per_group..((group + 1) * per_group).min(steps);
+            let mut codes_now = [&codes[0][steps.clone()]; P];
+            for p in 1..P {
+                codes_now[p] = &codes[p][steps.clone()];
+            }
+            let mut a_now = [&activations[steps.clone()]; T];
+            for t in 1..T {
+                a_now[t] = &activations[t * stride..][steps.clone()];
+            }
+            for step in 0..steps.len() {
+                let mut now = [&codes_now[0][step]; P];
                 for p in 1..P {
-                    now[p] = &codes[p][step];
+                    now[p] = &codes_now[p][step];
                 }
-                let mut a = [activations[step].as_chunks::<4>().0; T];
+                let mut a = [a_now[0][step].as_chunks::<4>().0; T];
                 for t in 1..T {
-                    a[t] = activations[t * stride + step].as_chunks::<4>().0;
+                    a[t] = a_now[t][step].as_chunks::<4>().0;
                 }
-                for pair in 0..STEP / 8 {
-                    dot_quad(v, now, a, 2 * pair, &mut sum);
-                    dot_quad(v, now, a, 2 * pair + 1, &mut sum);
-                }
+                // Written out, for the compiler does not always unroll a loop of this size.
+                const { assert!(QUADS == 8) };
+                dot_quad(v, now, a, 0, &mut sum);
+                dot_quad(v, now, a, 1, &mut sum);
+                dot_quad(v, now, a, 2, &mut sum);
+                dot_quad(v, now, a, 3, &mut sum);
+                dot_quad(v, now, a, 4, &mut sum);
+                dot_quad(v, now, a, 5, &mut sum);
+                dot_quad(v, now, a, 6, &mut sum);
+                dot_quad(v, now, a, 7, &mut sum);
                 carry(v, &mut sum);
             }
             let mut s_w = [v.zero(); P];
@@ -228,7 +248,7 @@ impl<V: Vectors> Strip<'_, V> {
             };
             let to = if left > 0 { NEAR } else { RESULT };
             for t in 0..T {
-                let scale = scales[t * x.groups() + group];
+                let scale = scales[t * in_row + group];
                 for p in 0..P {
                     let y = v.values(&places[from].get(t, p));
                     let y = v.add(y, s_w[p], scale, v.total(sum[p][t]));

@@ -73,6 +73,8 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
     const PANELS: usize = 1;
     /// 24 sums, 4 vectors of codes and one of activations, of 32 registers.
     const TOKENS: usize = 6;
+    const SUMS: usize = Self::PANELS * Self::TOKENS;
+    const LATE: usize = 4;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: as above.

@@ -22,6 +22,10 @@ pub(super) trait Vectors: Copy {
     const PANELS: usize;
     /// Tokens of that block.
     const TOKENS: usize;
+    /// Sums that stay in registers whole. A larger block may leave parts that it seldom needs in memory.
+    const SUMS: usize;
+    /// Products of one vector's codes above which a core sees the next loads too late: they are fetched ahead.
+    const LATE: usize;
 
     /// Runs work compiled for these instructions.
     fn run<W: Vectorized>(self, work: W) -> W::Output;
@@ -49,6 +53,17 @@ pub(super) trait Vectors: Copy {
     fn dot(self, sum: Self::Sum, codes: Self::Codes, quad: Self::Quad) -> Self::Sum;
     /// To be called after every 32 columns: an implementation may sum that many in fewer bits.
     fn carry(self, sum: Self::Sum) -> Self::Sum;
+    /// The sum, from now on as it is: where sums take nearly all registers, products must be added one after the other,
+    /// but the compiler likes trees.
+    #[inline(always)]
+    fn in_turn(self, sum: Self::Sum) -> Self::Sum {
+        sum
+    }
+    /// Bytes to be loaded anew, where sums take nearly all registers, but the compiler would keep what it loaded before.
+    #[inline(always)]
+    fn anew(self, bytes: &[u8; 64]) -> &[u8; 64] {
+        bytes
+    }
     /// The sum after a [`Self::carry`].
     fn total(self, sum: Self::Sum) -> Self::Int;
     /// The same integer for each row.
