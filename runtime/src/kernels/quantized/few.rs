@@ -1,9 +1,10 @@
 //! The product for few tokens, which memory bounds.
 //!
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
-//! core's own prefetching follows as fast as memory answers; for one or two tokens, several streams at a time and software
-//! prefetches were slower. Each load is followed by its products: where loads stand together, the core finds fewer of the
-//! next misses early.
+//! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512
+//! and one or two tokens, several streams at a time and software prefetches were slower. With more instructions between
+//! them ([`Vectors::LATE`]) codes are fetched ahead. Each load is followed by its products: where loads stand together, the
+//! core finds fewer of the next misses early.
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
