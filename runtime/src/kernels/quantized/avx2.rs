@@ -246,6 +246,7 @@ impl<D: Dot> Vectors for Halves<D> {
     const TOKENS: usize = D::TOKENS;
     const SUMS: usize = D::SUMS;
     const LATE: usize = 0;
+    const WAITING: usize = 2;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         self.0.run(work)

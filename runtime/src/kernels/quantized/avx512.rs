@@ -30,6 +30,7 @@ impl Vectors for Avx512 {
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
     const LATE: usize = 4;
+    const WAITING: usize = 0;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         /// # Safety

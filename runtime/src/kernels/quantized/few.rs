@@ -3,8 +3,9 @@
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
 //! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512
 //! and one or two tokens, several streams at a time and software prefetches were slower. With more instructions between
-//! them ([`Vectors::LATE`]) codes are fetched ahead. Each load is followed by its products: where loads stand together, the
-//! core finds fewer of the next misses early.
+//! them ([`Vectors::LATE`]) codes are fetched ahead; where memory is waited for all the same ([`Vectors::WAITING`]), some
+//! panels far from each other pass by side by side, which it answers sooner. Each load is followed by its products: where
+//! loads stand together, the core finds fewer of the next misses early.
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -22,7 +23,10 @@ use crate::kernels::isa::Vectorized;
 /// Tokens for which the weights are streamed once.
 pub(super) const TOKENS: usize = 4;
 
-/// How far ahead codes are fetched, in bytes, where [`Vectors::LATE`] says so.
+/// Panels side by side where [`Vectors::WAITING`] says so.
+const STREAMS: usize = 4;
+
+/// How far ahead codes are fetched, in bytes of all panels that pass, where [`Vectors::LATE`] says so.
 const AHEAD: usize = 2048;
 
 /// Computes a product.
@@ -58,6 +62,13 @@ struct Stream<'a, V> {
     token: usize,
 }
 
+/// Activations of `T` tokens, with a scale and a sum for each group.
+struct Inputs<'a, const T: usize> {
+    codes: [&'a [[i8; STEP]]; T],
+    scales: [&'a [f32]; T],
+    sums: [&'a [i32]; T],
+}
+
 /// The product for `T` tokens; `BYTES` are those of a step.
 struct Work<'a, 'o, V, const BYTES: usize, const T: usize>(Stream<'a, V>, &'a mut Panels<'o>);
 
@@ -67,92 +78,171 @@ impl<V: Vectors, const BYTES: usize, const T: usize> Vectorized for Work<'_, '_,
     #[inline(always)]
     fn run(self) {
         let Self(stream, out) = self;
-        let Stream { v, w, x, token, .. } = stream;
+        if T * 512 / BYTES <= V::WAITING {
+            stream.run::<BYTES, STREAMS, T>(out);
+        } else {
+            stream.run::<BYTES, 1, T>(out);
+        }
+    }
+}
+
+impl<V: Vectors> Stream<'_, V> {
+    /// The product with `P` panels at a time, as far apart as can be, so that each is of a stream of its own.
+    #[inline(always)]
+    fn run<const BYTES: usize, const P: usize, const T: usize>(&self, out: &mut Panels<'_>) {
+        let Range { start, end } = self.panels;
+        let (apart, inputs) = ((end - start) / P, self.inputs());
+        for first in start..start + apart {
+            self.panels::<BYTES, P, T>(&inputs, first, apart, out);
+        }
+        for first in start + P * apart..end {
+            self.panels::<BYTES, 1, T>(&inputs, first, 0, out);
+        }
+    }
+
+    #[inline(always)]
+    fn inputs<const T: usize>(&self) -> Inputs<'_, T> {
+        let &Self { w, x, token, .. } = self;
+        let steps = w.cols.div_ceil(STEP);
+        Inputs {
+            codes: std::array::from_fn(|t| &x.codes(token + t).as_chunks().0[..steps]),
+            scales: std::array::from_fn(|t| x.scales(token + t)),
+            sums: std::array::from_fn(|t| x.sums(token + t)),
+        }
+    }
+
+    /// The product with `P` panels, of which the first is `first`.
+    // Loops by index over arrays of registers: closures would be compiled without the vectors' features.
+    #[inline(always)]
+    fn panels<const BYTES: usize, const P: usize, const T: usize>(
+        &self,
+        inputs: &Inputs<'_, T>,
+        first: usize,
+        apart: usize,
+        out: &mut Panels<'_>,
+    ) {
+        let &Self { v, w, x, token, .. } = self;
         let (steps, per_group) = (w.cols.div_ceil(STEP), x.group() / STEP);
-        let activations: [&[[i8; STEP]]; T] =
-            std::array::from_fn(|t| &x.codes(token + t).as_chunks().0[..steps]);
-        let scales: [&[f32]; T] = std::array::from_fn(|t| x.scales(token + t));
-        let sums: [&[i32]; T] = std::array::from_fn(|t| x.sums(token + t));
-        for at in stream.panels {
-            let panel = Panel::of(w, at);
-            let codes: &[[u8; BYTES]] = &panel.codes.as_chunks().0[..steps];
-            let mut y = [v.zero(); T];
-            for group in 0..x.groups() {
-                let weight_group = w.scheme.group_of(group * x.group());
-                let steps = group * per_group..((group + 1) * per_group).min(steps);
-                let mut now = [0; T];
-                let mut a = [&activations[0][steps.clone()]; T];
+        let panels: [Panel; P] = std::array::from_fn(|p| Panel::of(w, first + p * apart));
+        let codes: [&[[u8; BYTES]]; P] =
+            std::array::from_fn(|p| &panels[p].codes.as_chunks().0[..steps]);
+        let mut y = [[v.zero(); T]; P];
+        for group in 0..x.groups() {
+            let weight_group = w.scheme.group_of(group * x.group());
+            let steps = group * per_group..((group + 1) * per_group).min(steps);
+            let mut now = [0; T];
+            let mut a = [&inputs.codes[0][steps.clone()]; T];
+            for t in 0..T {
+                now[t] = inputs.sums[t][group];
+                a[t] = &inputs.codes[t][steps.clone()];
+            }
+            let mut codes_now = [&codes[0][steps.clone()]; P];
+            for p in 1..P {
+                codes_now[p] = &codes[p][steps.clone()];
+            }
+            let start = starts(v, w, &panels, weight_group, now);
+            let sums = sums_of(v, start, codes_now, a);
+            for p in 0..P {
+                let s_w = v.scales(panels[p].stored_scales(weight_group));
                 for t in 0..T {
-                    now[t] = sums[t][group];
-                    a[t] = &activations[t][steps.clone()];
-                }
-                let [start] = starts(v, w, &[panel], weight_group, now);
-                let sums = sums_of(v, start, &codes[steps], a);
-                let s_w = v.scales(panel.stored_scales(weight_group));
-                for t in 0..T {
-                    y[t] = v.add(y[t], s_w, scales[t][group], sums[t]);
+                    y[p][t] = v.add(y[p][t], s_w, inputs.scales[t][group], sums[p][t]);
                 }
             }
+        }
+        for (p, y) in y.into_iter().enumerate() {
             for (t, y) in y.into_iter().enumerate() {
-                out.write(token + t, at, &v.rows(y));
+                out.write(token + t, first + p * apart, &v.rows(y));
             }
         }
     }
 }
 
-/// Sums that begin with `start`, with the products of some steps.
+/// Sums that begin with `start`, with the products of some steps, a step of each panel in turn.
 // Loops by index over arrays of registers: closures would be compiled without the vectors' features.
-#[expect(clippy::needless_range_loop)]
 #[inline(always)]
-fn sums_of<V: Vectors, const BYTES: usize, const T: usize>(
+fn sums_of<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
     v: V,
-    start: [V::Sum; T],
-    codes: &[[u8; BYTES]],
+    start: [[V::Sum; T]; P],
+    codes: [&[[u8; BYTES]]; P],
     activations: [&[[i8; STEP]]; T],
-) -> [V::Int; T] {
-    // Sums of even and of odd quads, where there are registers for both: one would wait for itself.
-    let odd = usize::from(2 * T <= V::SUMS);
-    let mut sums = [start, [v.start(v.splat(0)); T]];
-    for (step, codes) in codes.iter().enumerate() {
-        let (vectors, _) = codes.as_chunks::<VECTOR>();
+) -> [[V::Int; T]; P] {
+    let mut sums = [[[v.splat(0); T]; 2]; P];
+    for p in 0..P {
+        for t in 0..T {
+            sums[p][0][t] = v.total(start[p][t]);
+        }
+    }
+    for step in 0..codes[0].len() {
         let mut a = [activations[0][step].as_chunks::<4>().0; T];
         for t in 1..T {
             a[t] = activations[t][step].as_chunks::<4>().0;
         }
-        for quad in 0..QUADS {
-            let vector = &vectors[quad * BYTES / 512];
-            if T * 512 / BYTES > V::LATE && (BYTES == 512 || quad % 2 == 0) {
-                v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
-            }
-            let codes = match (BYTES, quad % 2, odd) {
-                (512, ..) => v.codes(vector),
-                (_, 0, _) => v.low(vector),
-                (_, _, 0) => v.high(vector),
-                _ => v.high_in_place(vector),
-            };
-            for t in 0..T {
-                let sum = &mut sums[quad % 2 * odd][t];
-                *sum = v.dot(*sum, codes, v.quad(&a[t][quad]));
-            }
-            if BYTES == 512 || quad % 2 == 1 {
-                // The compiler would gather the loads of several vectors.
-                compiler_fence(Ordering::SeqCst);
-            }
-        }
-        for t in 0..T {
-            for parity in 0..=odd {
-                sums[parity][t] = v.carry(sums[parity][t]);
-            }
+        for p in 0..P {
+            sums[p] = with_step(v, sums[p], &codes[p][step], a, AHEAD / P);
         }
     }
-    let mut totals = [v.splat(0); T];
-    for t in 0..T {
-        let even = v.total(sums[0][t]);
-        totals[t] = match (BYTES, odd) {
-            (_, 0) => even,
-            (512, _) => v.plus(even, v.total(sums[1][t])),
-            _ => v.plus(even, v.of_high_in_place(v.total(sums[1][t]))),
-        };
+    let mut totals = [[v.splat(0); T]; P];
+    for p in 0..P {
+        for t in 0..T {
+            let [even, odd] = [sums[p][0][t], sums[p][1][t]];
+            totals[p][t] = match (BYTES, odd_apart::<V, T>()) {
+                (_, false) => even,
+                (512, _) => v.plus(even, odd),
+                _ => v.plus(even, v.of_high_in_place(odd)),
+            };
+        }
     }
     totals
+}
+
+/// Whether sums of even and of odd quads are apart: one would wait for itself, but both must have registers.
+const fn odd_apart<V: Vectors, const T: usize>() -> bool {
+    2 * T <= V::SUMS
+}
+
+/// Sums of even and of odd quads with the products of one step of a panel. Codes are fetched `ahead` bytes before they
+/// are due.
+#[inline(always)]
+fn with_step<V: Vectors, const BYTES: usize, const T: usize>(
+    v: V,
+    sums: [[V::Int; T]; 2],
+    codes: &[u8; BYTES],
+    activations: [&[[i8; 4]]; T],
+    ahead: usize,
+) -> [[V::Int; T]; 2] {
+    let odd = usize::from(odd_apart::<V, T>());
+    let mut now = [[v.start(v.splat(0)); T]; 2];
+    for parity in 0..=odd {
+        for t in 0..T {
+            now[parity][t] = v.start(sums[parity][t]);
+        }
+    }
+    let (vectors, _) = codes.as_chunks::<VECTOR>();
+    for quad in 0..QUADS {
+        let vector = &vectors[quad * BYTES / 512];
+        if T * 512 / BYTES > V::LATE && (BYTES == 512 || quad % 2 == 0) {
+            v.prefetch_near(vector.as_ptr().wrapping_add(ahead));
+        }
+        let codes = match (BYTES, quad % 2, odd) {
+            (512, ..) => v.codes(vector),
+            (_, 0, _) => v.low(vector),
+            (_, _, 0) => v.high(vector),
+            _ => v.high_in_place(vector),
+        };
+        for t in 0..T {
+            let sum = &mut now[quad % 2 * odd][t];
+            *sum = v.dot(*sum, codes, v.quad(&activations[t][quad]));
+        }
+        if BYTES == 512 || quad % 2 == 1 {
+            // The compiler would gather the loads of several vectors.
+            compiler_fence(Ordering::SeqCst);
+        }
+    }
+    let mut sums = sums;
+    for parity in 0..=odd {
+        for t in 0..T {
+            sums[parity][t] = v.total(v.carry(now[parity][t]));
+        }
+    }
+    sums
 }

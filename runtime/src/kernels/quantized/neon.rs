@@ -75,6 +75,7 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
     const LATE: usize = 4;
+    const WAITING: usize = 0;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: as above.

@@ -26,6 +26,9 @@ pub(super) trait Vectors: Copy {
     const SUMS: usize;
     /// Products of one vector's codes above which a core sees the next loads too late: they are fetched ahead.
     const LATE: usize;
+    /// Products of one vector's codes up to which a core waits for memory so much that several panels are to pass side by
+    /// side.
+    const WAITING: usize;
 
     /// Runs work compiled for these instructions.
     fn run<W: Vectorized>(self, work: W) -> W::Output;
@@ -64,7 +67,7 @@ pub(super) trait Vectors: Copy {
     fn anew(self, bytes: &[u8; 64]) -> &[u8; 64] {
         bytes
     }
-    /// The sum after a [`Self::carry`].
+    /// The sum after a [`Self::carry`], or as it began.
     fn total(self, sum: Self::Sum) -> Self::Int;
     /// The same integer for each row.
     fn splat(self, value: i32) -> Self::Int;
