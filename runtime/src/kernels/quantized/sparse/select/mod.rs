@@ -26,9 +26,7 @@ use crate::kernels::quantized::vectors::Vectors;
 /// Most tokens of these kernels: with AVX-512 their sums stay in registers.
 pub(super) const TOKENS: usize = 6;
 
-/// Products of a vector of the file above which a core sees the next loads too late.
-const LATE: usize = 4;
-/// How far ahead the file is then fetched, in bytes.
+/// How far ahead the file is fetched, in bytes, where [`Vectors::LATE`] says so.
 const AHEAD: usize = 2048;
 
 /// Steps of a block.
@@ -236,7 +234,7 @@ fn panel<S: Select, const BITS: u8, const BYTES: usize, const T: usize>(
 /// Fetches what follows a vector of the file some way ahead, where `T` tokens' products make it late.
 #[inline(always)]
 fn fetch<V: Vectors, const BITS: u8, const T: usize>(v: V, vector: &[u8; VECTOR]) {
-    if 2 * T * 8 / usize::from(BITS) > LATE {
+    if 2 * T * 8 / usize::from(BITS) > V::LATE {
         v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
     }
 }
