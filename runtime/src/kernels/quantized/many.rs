@@ -165,7 +165,7 @@ impl<V: Vectors> Strip<'_, V> {
         &self,
         token: usize,
         panels: &[Panel; P],
-        codes: [&[[u8; BYTES]]; P],
+        mut codes: [&[[u8; BYTES]]; P],
         mut places: [Block<'_, P, T>; 3],
     ) {
         let &Self {
@@ -175,15 +175,27 @@ impl<V: Vectors> Strip<'_, V> {
             ref groups,
             ..
         } = self;
-        let steps = codes[0].len();
         let (per_group, in_row) = (x.group() / STEP, x.groups());
-        let (activations, scales, sums) = x.rows_from(token);
-        let (scales, sums) = (&scales[..T * in_row], &sums[..T * in_row]);
-        let (activations, _) = activations.as_chunks::<STEP>();
+        let (all_a, all_scales, all_sums) = x.rows_from(token);
+        let (all_a, _) = all_a.as_chunks::<STEP>();
         let stride = x.stride() / STEP;
+        // What is looked up for every group is of the same length for all panels or tokens, so that one check will do.
+        let first = groups.start * per_group;
+        let steps = first..(groups.end * per_group).min(codes[0].len());
+        for codes in &mut codes {
+            *codes = &codes[steps.clone()];
+        }
+        let mut a = [&all_a[steps.clone()]; T];
+        let mut scales = [&all_scales[groups.clone()]; T];
+        let mut sums = [&all_sums[groups.clone()]; T];
+        for t in 1..T {
+            a[t] = &all_a[t * stride..][steps.clone()];
+            scales[t] = &all_scales[t * in_row..][groups.clone()];
+            sums[t] = &all_sums[t * in_row..][groups.clone()];
+        }
 
-        for group in groups.clone() {
-            let left = groups.end - 1 - group;
+        for group in 0..groups.len() {
+            let left = groups.len() - 1 - group;
             if left < T {
                 // The lines written at the end are far apart, each token's in a page of its own. Fetched earlier, or all
                 // at once, they would get in the way of the codes.
@@ -191,64 +203,54 @@ impl<V: Vectors> Strip<'_, V> {
                     v.prefetch_near(places[RESULT].at(left, p).cast());
                 }
             }
+            let steps = group * per_group..((group + 1) * per_group).min(a[0].len());
             // The next tokens', where a few instructions more do not count.
             if P > 1 {
                 for t in T..2 * T {
-                    let next = activations
-                        .as_ptr()
-                        .wrapping_add(t * stride + group * per_group);
+                    let next = a[0].as_ptr().wrapping_add(t * stride + steps.start);
                     v.prefetch(next.cast());
                     v.prefetch(next.wrapping_add(2).cast());
                 }
             }
-            let weight_group = w.scheme.group_of(group * x.group());
+            let weight_group = w.scheme.group_of((groups.start + group) * x.group());
             let mut now = [0; T];
             for t in 0..T {
-                now[t] = sums[t * in_row + group];
+                now[t] = sums[t][group];
             }
             let mut sum: [[V::Sum; T]; P] = starts(v, w, panels, weight_group, now);
-            let steps = group * per_group..((group + 1) * per_group).min(steps);
-            let mut codes_now = [&codes[0][steps.clone()]; P];
-            for p in 1..P {
-                codes_now[p] = &codes[p][steps.clone()];
-            }
-            let mut a_now = [&activations[steps.clone()]; T];
-            for t in 1..T {
-                a_now[t] = &activations[t * stride..][steps.clone()];
-            }
-            for step in 0..steps.len() {
-                let mut now = [&codes_now[0][step]; P];
+            for step in steps {
+                let mut codes_now = [&codes[0][step]; P];
                 for p in 1..P {
-                    now[p] = &codes_now[p][step];
+                    codes_now[p] = &codes[p][step];
                 }
-                let mut a = [a_now[0][step].as_chunks::<4>().0; T];
+                let mut a_now = [a[0][step].as_chunks::<4>().0; T];
                 for t in 1..T {
-                    a[t] = a_now[t][step].as_chunks::<4>().0;
+                    a_now[t] = a[t][step].as_chunks::<4>().0;
                 }
                 // Written out, for the compiler does not always unroll a loop of this size.
                 const { assert!(QUADS == 8) };
-                dot_quad(v, now, a, 0, &mut sum);
-                dot_quad(v, now, a, 1, &mut sum);
-                dot_quad(v, now, a, 2, &mut sum);
-                dot_quad(v, now, a, 3, &mut sum);
-                dot_quad(v, now, a, 4, &mut sum);
-                dot_quad(v, now, a, 5, &mut sum);
-                dot_quad(v, now, a, 6, &mut sum);
-                dot_quad(v, now, a, 7, &mut sum);
+                dot_quad(v, codes_now, a_now, 0, &mut sum);
+                dot_quad(v, codes_now, a_now, 1, &mut sum);
+                dot_quad(v, codes_now, a_now, 2, &mut sum);
+                dot_quad(v, codes_now, a_now, 3, &mut sum);
+                dot_quad(v, codes_now, a_now, 4, &mut sum);
+                dot_quad(v, codes_now, a_now, 5, &mut sum);
+                dot_quad(v, codes_now, a_now, 6, &mut sum);
+                dot_quad(v, codes_now, a_now, 7, &mut sum);
                 carry(v, &mut sum);
             }
             let mut s_w = [v.zero(); P];
             for p in 0..P {
                 s_w[p] = v.scales(panels[p].stored_scales(weight_group));
             }
-            let from = match (group > groups.start, group > 0) {
+            let from = match (group > 0, groups.start > 0) {
                 (true, _) => NEAR,
                 (_, true) => RESULT,
                 _ => ZEROS,
             };
             let to = if left > 0 { NEAR } else { RESULT };
             for t in 0..T {
-                let scale = scales[t * in_row + group];
+                let scale = scales[t][group];
                 for p in 0..P {
                     let y = v.values(&places[from].get(t, p));
                     let y = v.add(y, s_w[p], scale, v.total(sum[p][t]));
