@@ -14,6 +14,8 @@ pub(super) struct Halves<D>(pub(super) D);
 /// F16C.
 pub(super) trait Dot: Copy {
     type Sum: Copy;
+    /// What adds activations with the fewest instructions, as products with codes of 1.
+    type Ones: Dot;
     const CENTRE: i32;
     const TOKENS: usize;
     const SUMS: usize;
@@ -22,6 +24,7 @@ pub(super) trait Dot: Copy {
     fn dot(self, sum: Self::Sum, codes: __m256i, quad: __m256i) -> Self::Sum;
     fn carry(self, sum: Self::Sum) -> Self::Sum;
     fn total(self, sum: Self::Sum) -> __m256i;
+    fn ones(self) -> Self::Ones;
     /// [`Vectors::in_turn`].
     #[inline(always)]
     fn in_turn(self, sum: Self::Sum) -> Self::Sum {
@@ -79,6 +82,7 @@ pub(super) struct NibbleSum {
 
 impl Dot for Nibbles {
     type Sum = NibbleSum;
+    type Ones = Self;
     const CENTRE: i32 = 0;
     /// 12 sums in i16, 2 vectors of codes, one of activations and one of products; sums in i32 are in memory meanwhile.
     const TOKENS: usize = 6;
@@ -120,6 +124,11 @@ impl Dot for Nibbles {
     }
 
     #[inline(always)]
+    fn ones(self) -> Self {
+        self
+    }
+
+    #[inline(always)]
     fn in_turn(self, sum: NibbleSum) -> NibbleSum {
         // SAFETY: `self` proves AVX2.
         let last = unsafe { opaque(sum.last) };
@@ -151,6 +160,7 @@ impl Halves<Bytes> {
 
 impl Dot for Bytes {
     type Sum = __m256i;
+    type Ones = Nibbles;
     const CENTRE: i32 = 128;
     const TOKENS: usize = 3;
     const SUMS: usize = 3;
@@ -185,6 +195,11 @@ impl Dot for Bytes {
     fn total(self, sum: __m256i) -> __m256i {
         sum
     }
+
+    #[inline(always)]
+    fn ones(self) -> Nibbles {
+        Nibbles(())
+    }
 }
 
 /// Codes of either width, by `vpdpbusd` of AVX-VNNI.
@@ -200,6 +215,7 @@ impl Halves<Vnni> {
 
 impl Dot for Vnni {
     type Sum = __m256i;
+    type Ones = Self;
     const CENTRE: i32 = 0;
     /// 10 sums, 2 vectors of codes, one of activations and the nibble mask, of 16 registers.
     const TOKENS: usize = 5;
@@ -229,6 +245,11 @@ impl Dot for Vnni {
     #[inline(always)]
     fn total(self, sum: __m256i) -> __m256i {
         sum
+    }
+
+    #[inline(always)]
+    fn ones(self) -> Self {
+        self
     }
 }
 

@@ -17,9 +17,9 @@ const SPREAD: i32 = 1 | 1 << 7 | 1 << 13 | 1 << 20;
 
 /// Products, and the activations in them, of eight rows each.
 #[derive(Clone, Copy)]
-pub(super) struct Sums<S> {
-    products: [S; 2],
-    selected: [S; 2],
+pub(super) struct Sums<D: Dot> {
+    products: [D::Sum; 2],
+    selected: [<D::Ones as Dot>::Sum; 2],
 }
 
 // SAFETY of all blocks: the dot product in `self` proves AVX2, and an array reference may be read at its whole length.
@@ -27,7 +27,7 @@ impl<D: Dot> Select for Halves<D> {
     type Vectors = Self;
     /// The three vectors, and the twelve bits of the last pair of quads.
     type Columns = [[__m256i; 2]; 4];
-    type Sums = Sums<D::Sum>;
+    type Sums = Sums<D>;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         self.0.run(work)
@@ -57,10 +57,9 @@ impl<D: Dot> Select for Halves<D> {
 
     #[inline(always)]
     fn none(self) -> Self::Sums {
-        let none = self.start(self.splat(0));
         Sums {
-            products: none,
-            selected: none,
+            products: self.start(self.splat(0)),
+            selected: Halves(self.0.ones()).start(self.splat(0)),
         }
     }
 
@@ -73,7 +72,8 @@ impl<D: Dot> Select for Halves<D> {
         choices: [&[i8; VECTOR]; T],
     ) -> [Self::Sums; T] {
         // SAFETY: as above.
-        let one = unsafe { _mm256_set1_epi8((D::CENTRE + 1) as i8) };
+        let one = unsafe { _mm256_set1_epi8((D::Ones::CENTRE + 1) as i8) };
+        let ones = Halves(self.0.ones());
         for pair in 0..PAIRS {
             let pair_of_block = AT * PAIRS + pair;
             let codes = codes_of::<_, BITS, BYTES, T>(self, block, pair_of_block);
@@ -90,14 +90,14 @@ impl<D: Dot> Select for Halves<D> {
                         let a = _mm256_shuffle_epi8(chosen, at);
                         let Sums { products, selected } = &mut sums[t];
                         products[half] = self.0.dot(products[half], codes[half], a);
-                        selected[half] = self.0.dot(selected[half], one, a);
+                        selected[half] = ones.0.dot(selected[half], one, a);
                     }
                 }
             }
         }
         for sums in &mut sums {
             sums.products = self.carry(sums.products);
-            sums.selected = self.carry(sums.selected);
+            sums.selected = ones.carry(sums.selected);
         }
         sums
     }
@@ -110,7 +110,7 @@ impl<D: Dot> Select for Halves<D> {
     ) -> [__m256i; 2] {
         let z = self.zero_points(zero_points);
         let mut centred = self.total(sums.products);
-        let selected = self.total(sums.selected);
+        let selected = Halves(self.0.ones()).total(sums.selected);
         for half in 0..2 {
             // SAFETY: as above.
             centred[half] = unsafe {
