@@ -19,16 +19,20 @@ pub struct DecodeStream<'a> {
     text: String,
 }
 
-impl<'a> DecodeStream<'a> {
-    pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
+impl Tokenizer {
+    /// Decodes ids as they are generated.
+    #[must_use]
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream {
+            tokenizer: self,
             ids: Vec::new(),
             shown: 0,
             text: String::new(),
         }
     }
+}
 
+impl DecodeStream<'_> {
     /// The text that `id` completes, if it completes any.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ mod loops;
 mod npy;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod path;
 mod self_generation;
 mod source;
 mod special;

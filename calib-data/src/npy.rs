@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::source::{display, file_name, origin, read_error};
+use crate::path::{display, file_name, origin, read_error};
 use crate::window::{WindowSpec, Windows, hex};
 
 /// The first `spec.windows` rows of the files together.

@@ -13,7 +13,7 @@ use parquet::schema::types::Type;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, RecordFault, Result};
-use crate::source::{display, read_error};
+use crate::path::{display, read_error};
 use crate::text::{Document, Stream};
 use crate::window::hex;
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::path::{display, file_name, origin, read_error};
 use crate::self_generation::{self, Generator};
 use crate::text::{self, Stream};
 use crate::tokenizer::Tokenizer;
@@ -141,34 +142,6 @@ fn extension(path: &Path) -> String {
         .unwrap_or_default()
         .to_string_lossy()
         .to_ascii_lowercase()
-}
-
-/// The file's name without its folder: what a manifest may say without telling about a machine.
-pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or(path.as_os_str())
-        .to_string_lossy()
-        .into_owned()
-}
-
-/// The texts in words: the first file, and how many more.
-pub(crate) fn origin(paths: &[PathBuf]) -> String {
-    match paths {
-        [] => "no file".to_owned(),
-        [only] => format!("`{}`", file_name(only)),
-        [first, rest @ ..] => format!("`{}` and {} more", file_name(first), rest.len()),
-    }
-}
-
-pub(crate) fn display(path: &Path) -> String {
-    path.display().to_string()
-}
-
-pub(crate) fn read_error(path: &Path, source: std::io::Error) -> Error {
-    Error::Read {
-        file: display(path),
-        source,
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::chat::Message;
 use crate::error::{Error, RecordFault, Result};
-use crate::source::{display, read_error};
+use crate::path::{display, read_error};
 use crate::tokenizer::Tokenizer;
 use crate::window::hex;
 

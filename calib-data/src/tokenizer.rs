@@ -3,7 +3,6 @@
 use std::sync::OnceLock;
 
 use crate::chat::{ChatTemplate, Message};
-use crate::decode::DecodeStream;
 use crate::error::{Error, Result};
 use crate::special::{Special, TOKENIZER_CONFIG};
 
@@ -179,12 +178,6 @@ impl Tokenizer {
         self.plain
             .decode(ids, true)
             .map_err(|source| Error::Decode { source })
-    }
-
-    /// Decodes ids as they are generated.
-    #[must_use]
-    pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream::new(self)
     }
 
     /// Largest id + 1, added tokens included.

@@ -11,12 +11,12 @@ use qbin_runtime::kernels::Isa;
 use qbin_runtime::kernels::gemm::{Left, View};
 use rayon::prelude::*;
 
+use crate::curvature::Curvature;
 use crate::error::QuantError;
 use crate::gptq::{ActOrder, GptqParams};
 use crate::grid::{Granularity, Grid};
 use crate::hessian::{Moments, mirror};
 use crate::linalg::{NonPositivePivot, Products, cholesky_in_place};
-use crate::refine::Curvature;
 
 /// The most that the ladder multiplies the damping by.
 const LADDER: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod awq;
+mod curvature;
 mod error;
 mod factor;
 mod feedback;

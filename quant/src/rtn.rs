@@ -159,3 +159,16 @@ impl Panel<'_> {
         }
     }
 }
+
+/// 0 for what is held at zero and 1 for the rest, `[columns, rows]`, for some columns of `zeros[rows, n]`.
+pub(crate) fn kept(zeros: Option<&[bool]>, n: usize, rows: usize, columns: &[usize]) -> Vec<f32> {
+    let mut kept = vec![1f32; columns.len() * rows];
+    for (row, zeros) in zeros.unwrap_or_default().chunks(n).enumerate() {
+        for (at, &col) in columns.iter().enumerate() {
+            if zeros[col] {
+                kept[at * rows + row] = 0.0;
+            }
+        }
+    }
+    kept
+}

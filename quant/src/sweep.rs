@@ -7,7 +7,7 @@ use qbin_runtime::kernels::{Isa, Vectorized};
 
 use crate::factor::{Block, Factor};
 use crate::grid::{Grid, Rounder};
-use crate::rtn::Panel;
+use crate::rtn::{Panel, kept};
 
 /// Accumulators of a sum over rows; fixed, because the order of additions is part of the result.
 const LANES: usize = 16;
@@ -171,19 +171,6 @@ impl Block {
         let feedback = View::row_major(&feedback, width, rows);
         product(isa, weights, rows, Store::Add, inverse, feedback);
     }
-}
-
-/// 0 for what is held at zero and 1 for the rest, `[columns, rows]`, for some columns of `zeros[rows, n]`.
-pub(crate) fn kept(zeros: Option<&[bool]>, n: usize, rows: usize, columns: &[usize]) -> Vec<f32> {
-    let mut kept = vec![1f32; columns.len() * rows];
-    for (row, zeros) in zeros.unwrap_or_default().chunks(n).enumerate() {
-        for (at, &col) in columns.iter().enumerate() {
-            if zeros[col] {
-                kept[at * rows + row] = 0.0;
-            }
-        }
-    }
-    kept
 }
 
 /// `Σ x²`.

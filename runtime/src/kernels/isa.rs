@@ -1,11 +1,7 @@
-//! Which instructions this machine has, found out once, and work compiled for each of them.
+//! Sets of instructions, and work compiled for each of them.
 
-#[cfg(target_arch = "x86_64")]
-use super::gemm;
 use std::fmt;
 use std::str::FromStr;
-#[cfg(target_arch = "x86_64")]
-use std::sync::OnceLock;
 
 /// A set of instructions, each including those before it on the same architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,20 +57,7 @@ impl FromStr for Level {
     }
 }
 
-/// A level that this machine does not have.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "instruction set `{asked}` is not available here: this machine offers {}",
-    offered.iter().map(|level| level.name()).collect::<Vec<_>>().join(", ")
-)]
-pub struct UnsupportedLevel {
-    /// What was asked for.
-    pub asked: Level,
-    /// What there is.
-    pub offered: Vec<Level>,
-}
-
-/// Proof that the instructions of its level may be executed: only detection makes one.
+/// Proof that the instructions of its level may be executed: only [detection](Isa::detect) makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa {
     level: Level,
@@ -83,39 +66,19 @@ pub struct Isa {
 }
 
 impl Isa {
-    /// The highest level of this machine.
-    pub fn detect() -> Self {
-        let highest = Self::available().pop();
-        highest.expect("the scalar level is always there")
-    }
+    /// Portable Rust, which every machine executes.
+    pub(super) const SCALAR: Self = Self {
+        level: Level::Scalar,
+        vbmi2: false,
+        bf16: false,
+    };
 
-    /// Exactly `level`.
+    /// A level with its extras: [`Self::has_vbmi2`], [`Self::has_bf16`].
     ///
-    /// # Errors
-    /// If this machine does not have it.
-    pub fn at(level: Level) -> Result<Self, UnsupportedLevel> {
-        let available = Self::available();
-        let found = available.iter().find(|isa| isa.level == level);
-        found.copied().ok_or_else(|| UnsupportedLevel {
-            asked: level,
-            offered: available.iter().map(|isa| isa.level).collect(),
-        })
-    }
-
-    /// Every level of this machine, lowest first; the first is scalar.
-    pub fn available() -> Vec<Self> {
-        let mut levels = vec![Self::plain(Level::Scalar)];
-        levels.extend(native());
-        levels
-    }
-
-    /// A level without extras.
-    const fn plain(level: Level) -> Self {
-        Self {
-            level,
-            vbmi2: false,
-            bf16: false,
-        }
+    /// # Safety
+    /// This machine has these instructions, and its system lets this process execute them.
+    pub(super) const unsafe fn new(level: Level, vbmi2: bool, bf16: bool) -> Self {
+        Self { level, vbmi2, bf16 }
     }
 
     /// The level.
@@ -188,118 +151,6 @@ unsafe fn run_fma<W: Vectorized>(work: W) -> W::Output {
     work.run()
 }
 
-/// The levels above scalar, lowest first.
-#[cfg(target_arch = "x86_64")]
-fn native() -> Vec<Isa> {
-    let mut found = Vec::new();
-    if is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
-    {
-        found.push(Isa::plain(Level::Avx2));
-        if is_x86_feature_detected!("avxvnni") {
-            found.push(Isa::plain(Level::AvxVnni));
-        }
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-        {
-            let vbmi2 =
-                is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
-            let mut avx512 = Isa {
-                level: Level::Avx512,
-                vbmi2,
-                bf16: is_x86_feature_detected!("avx512bf16"),
-            };
-            avx512.bf16 = avx512.bf16 && sums_pairs_in_order(avx512);
-            found.push(avx512);
-            let amx = Isa {
-                level: Level::Amx,
-                ..avx512
-            };
-            if amx::granted(amx) {
-                found.push(amx);
-            }
-        }
-    }
-    found
-}
-
-#[cfg(target_arch = "aarch64")]
-fn native() -> Vec<Isa> {
-    let dotprod = std::arch::is_aarch64_feature_detected!("dotprod");
-    dotprod
-        .then_some(Isa::plain(Level::Neon))
-        .into_iter()
-        .collect()
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn native() -> Vec<Isa> {
-    Vec::new()
-}
-
-/// Whether the dot product of bf16 pairs gives the bits of the definition; asked once.
-#[cfg(target_arch = "x86_64")]
-fn sums_pairs_in_order(isa: Isa) -> bool {
-    static AGREES: OnceLock<bool> = OnceLock::new();
-    *AGREES.get_or_init(|| gemm::agrees(isa, Isa::plain(Level::Scalar)))
-}
-
-/// Whether AMX may be used: the CPU has it, Linux gives this process the tiles' state, and it multiplies right.
-#[cfg(target_arch = "x86_64")]
-mod amx {
-    use std::sync::OnceLock;
-
-    use super::{Isa, Level};
-    use crate::kernels::quantized;
-
-    /// CPUID leaf 7, EDX: BF16 tiles, tiles, INT8 tiles.
-    const CPUID_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-
-    /// Asks once; the answer holds for all threads of the process.
-    pub(super) fn granted(amx: Isa) -> bool {
-        static GRANTED: OnceLock<bool> = OnceLock::new();
-        *GRANTED.get_or_init(|| {
-            let leaves = std::arch::x86_64::__cpuid(0).eax;
-            let has_amx =
-                leaves >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & CPUID_AMX == CPUID_AMX;
-            has_amx && request_tiles() && quantized::agrees(amx, Isa::plain(Level::Scalar))
-        })
-    }
-
-    /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`: the kernel's answer counts, not CPUID's, because
-    /// sandboxes and hypervisors may withhold the state.
-    #[cfg(target_os = "linux")]
-    fn request_tiles() -> bool {
-        const SYS_ARCH_PRCTL: isize = 158;
-        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
-        const XFEATURE_XTILEDATA: usize = 18;
-        let result: isize;
-        // SAFETY: this system call reads two integers and changes no memory of the process; `syscall` overwrites
-        // only rax, rcx and r11.
-        unsafe {
-            std::arch::asm!(
-                "syscall",
-                inlateout("rax") SYS_ARCH_PRCTL => result,
-                in("rdi") ARCH_REQ_XCOMP_PERM,
-                in("rsi") XFEATURE_XTILEDATA,
-                lateout("rcx") _,
-                lateout("r11") _,
-                options(nostack),
-            );
-        }
-        result == 0
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn request_tiles() -> bool {
-        false
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,30 +162,6 @@ mod tests {
         }
         let error = "sse9".parse::<Level>().expect_err("no such level");
         assert!(error.to_string().contains("`sse9`"), "{error}");
-    }
-
-    #[test]
-    fn a_level_is_had_or_refused() {
-        let available = Isa::available();
-        assert_eq!(available[0].level(), Level::Scalar);
-        assert!(available.is_sorted_by_key(|isa| isa.level()));
-        for level in Level::ALL {
-            let there = available.iter().any(|isa| isa.level() == level);
-            match Isa::at(level) {
-                Ok(isa) => assert!(there && isa.level() == level),
-                Err(error) => assert!(!there && error.to_string().contains(level.name())),
-            }
-        }
-    }
-
-    // Without this, a wrong kernel would only be refused by detection, and nothing would show it.
-    #[cfg(target_arch = "x86_64")]
-    #[test]
-    fn bf16_pairs_sum_as_defined_where_the_instruction_is() {
-        for isa in Isa::available() {
-            let expected = isa.level() >= Level::Avx512 && is_x86_feature_detected!("avx512bf16");
-            assert_eq!(isa.has_bf16(), expected, "{}", isa.level());
-        }
     }
 
     #[test]

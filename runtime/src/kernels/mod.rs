@@ -3,7 +3,7 @@
 //! The scalar code of each kernel is its definition. Every other instruction set gives the same bits: integer parts
 //! are exact, and float parts follow one fixed order with the same multiplications and fused multiply-adds.
 //!
-//! Where to look: `isa` which instructions there are, and portable Rust compiled for each of them; `pool` the threads of a
+//! Where to look: `isa` sets of instructions, and portable Rust compiled for each of them, `detect` which of them this machine has; `pool` the threads of a
 //! forward pass and `columns` what each of them writes. The fast path's linears: `activations` rounding to int8, `quantized` packed
 //! and sparse weights, `dense` weights that are not quantized. Between the linears, on every path: `attention`,
 //! `elementwise`, `logits`. Offline and the other paths: [`gemm`] products in f32, f64 and bf16, [`gram`] second
@@ -21,6 +21,7 @@ pub(crate) mod attention;
 pub(crate) mod bf16;
 mod columns;
 pub(crate) mod dense;
+mod detect;
 pub(crate) mod elementwise;
 pub mod gemm;
 pub mod gram;
@@ -34,6 +35,7 @@ mod quantized;
 pub(crate) use activations::{ActivationCell, whole_groups};
 pub use activations::{Activations, activation_group};
 pub use columns::Columns;
-pub use isa::{Isa, Level, UnknownLevel, UnsupportedLevel, Vectorized};
+pub use detect::UnsupportedLevel;
+pub use isa::{Isa, Level, UnknownLevel, Vectorized};
 pub use pool::{Pool, default_threads};
 pub use quantized::matmul;

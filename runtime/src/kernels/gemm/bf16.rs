@@ -123,7 +123,7 @@ pub fn product_rounded(isa: Isa, out: &mut [f32], a: &Rounded, b: &[f32]) {
 
 /// Whether products on `isa` have the bits of those without the instruction: it is taken only then.
 #[cfg(target_arch = "x86_64")]
-pub(in crate::kernels) fn agrees(isa: Isa, scalar: Isa) -> bool {
+pub(in crate::kernels) fn agrees(isa: Isa) -> bool {
     // Numbers of many sizes and both signs, so that the order of the additions and each rounding show.
     let values = |len: u32, step: u32| -> Vec<f32> {
         let value = |i: u32| {
@@ -139,7 +139,7 @@ pub(in crate::kernels) fn agrees(isa: Isa, scalar: Isa) -> bool {
         product_rounded(isa, &mut out, &a, &b);
         out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
     };
-    run(isa) == run(scalar)
+    run(isa) == run(Isa::SCALAR)
 }
 
 /// Packs the terms from `first` on of up to `W` rows of `x` as `[pair][W]`, as many pairs as `panel` holds; what is not

@@ -42,8 +42,6 @@ use super::activations::{Activations, activation_group};
 use super::columns::Columns;
 use super::isa::Isa;
 use output::Panels;
-#[cfg(target_arch = "x86_64")]
-pub(super) use sparse::Choices;
 
 /// Tokens above which AMX is used; not tuned.
 #[cfg(target_arch = "x86_64")]
@@ -160,7 +158,7 @@ fn vectorized(isa: Isa, product: Product) {
 ///
 /// AMX is checked by this before it is offered: silently wrong results would be worse than none.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
+pub(super) fn agrees(isa: Isa) -> bool {
     [(4, 32), (4, 128), (8, 96)]
         .into_iter()
         .all(|(bits, group)| {
@@ -193,6 +191,6 @@ pub(super) fn agrees(isa: Isa, scalar: Isa) -> bool {
                 matmul(isa, &w, 0..33, &x, &mut Columns::whole(&mut out, 33));
                 out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             };
-            run(isa) == run(scalar)
+            run(isa) == run(Isa::SCALAR)
         })
 }

@@ -19,9 +19,6 @@ mod select;
 mod tests;
 mod two_of_four;
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) use select::Choices;
-
 use std::cell::RefCell;
 use std::ops::Range;
 

@@ -15,9 +15,9 @@ mod avx512;
 use qbin_format::TILE_ROWS;
 
 use super::avx512::Vbmi2;
-use super::two_of_four::{BYTES_4, BYTES_8, COLS, WHICH, blocks};
+use super::two_of_four::{BYTES_4, BYTES_8, WHICH, blocks};
 use super::{STEP, VECTOR, Zeros};
-use crate::kernels::activations::Activations;
+use crate::kernels::activations::Choices;
 use crate::kernels::isa::{Isa, Vectorized};
 use crate::kernels::quantized::Product;
 use crate::kernels::quantized::avx2::{Bytes, Halves, Nibbles, Vnni};
@@ -29,20 +29,11 @@ pub(super) const TOKENS: usize = 6;
 /// How far ahead the file is fetched, in bytes, where [`Vectors::LATE`] says so.
 const AHEAD: usize = 2048;
 
-/// Steps of a block.
-const STEPS: usize = COLS / STEP;
-
 /// Pairs of quads of a step; each has a vector of codes.
 const PAIRS: usize = STEP / 8;
 
 /// Where the choices of a row's four codes begin among the sixteen of two quads.
 const FIRST: i32 = i32::from_le_bytes([0, 4, 8, 12]);
-
-/// For every step of a block the activations that two bits choose from: of each quad four for its first code, then four for its
-/// second. They are in the order that `docs/format.md` gives these bits.
-#[derive(Clone, Copy, Debug)]
-#[repr(align(64))]
-pub(crate) struct Choices([[i8; VECTOR]; STEPS]);
 
 /// What selecting needs of an instruction set. A value is the proof that its instructions may be executed; methods but
 /// [`Self::run`] are `#[inline(always)]`.
@@ -98,7 +89,7 @@ pub(super) fn run(isa: Isa, product: &mut Product) -> bool {
 }
 
 fn selected<S: Select>(v: S, isa: Isa, product: &mut Product) {
-    let choices = product.x.choices(|| isa.run(Choose(product.x)));
+    let choices = product.x.choices(isa);
     match product.w.scheme.bits {
         8 => of_bits::<S, 8, BYTES_8>(v, product, choices),
         _ => of_bits::<S, 4, BYTES_4>(v, product, choices),
@@ -117,29 +108,6 @@ fn of_bits<S: Select, const BITS: u8, const BYTES: usize>(
         3 => v.run(Work::<S, BITS, BYTES, 3>(v, product, choices)),
         4 => v.run(Work::<S, BITS, BYTES, 4>(v, product, choices)),
         _ => v.run(Work::<S, BITS, BYTES, TOKENS>(v, product, choices)),
-    }
-}
-
-/// What codes choose from, `[tokens, blocks]`, with 0 right of the last tile.
-struct Choose<'a>(&'a Activations);
-
-impl Vectorized for Choose<'_> {
-    type Output = Vec<Choices>;
-
-    #[inline(always)]
-    fn run(self) -> Vec<Choices> {
-        let Self(x) = self;
-        let blocks = x.cols().div_ceil(COLS);
-        let mut choices = vec![Choices([[0; VECTOR]; STEPS]); x.tokens() * blocks];
-        for (token, choices) in choices.chunks_exact_mut(blocks).enumerate() {
-            let (quads, _) = x.codes(token).as_chunks::<4>();
-            let choices = choices.iter_mut().flat_map(|Choices(steps)| steps);
-            let choices = choices.flat_map(|step| step.as_chunks_mut::<8>().0);
-            for (&[a, b, c, d], choices) in quads.iter().zip(choices) {
-                *choices = [a, b, a, c, c, b, d, d];
-            }
-        }
-        choices
     }
 }
 

@@ -1,5 +1,8 @@
 //! Activations as int8, one scale per token and group of columns.
 
+#[cfg(target_arch = "x86_64")]
+mod choices;
+
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -9,7 +12,7 @@ use super::ahead::{AHEAD, LINE, fetch_near};
 use super::isa::{Isa, Vectorized};
 use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
-use super::quantized::Choices;
+pub(super) use choices::Choices;
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;
@@ -163,12 +166,6 @@ impl Activations {
     /// Columns with padding.
     pub(crate) fn stride(&self) -> usize {
         self.cols.next_multiple_of(TILE_COLS)
-    }
-
-    /// The codes as two of four chooses from them; the first to ask makes them.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn choices(&self, make: impl FnOnce() -> Vec<Choices>) -> &[Choices] {
-        self.choices.get_or_init(make)
     }
 
     /// Codes from a token on, rows of [`Self::stride`].
