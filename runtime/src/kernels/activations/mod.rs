@@ -2,9 +2,13 @@
 
 #[cfg(target_arch = "x86_64")]
 mod choices;
+#[cfg(any(target_arch = "x86_64", test))]
+mod tiles;
 
 use std::marker::PhantomData;
 use std::ops::Range;
+#[cfg(any(target_arch = "x86_64", test))]
+use std::sync::OnceLock;
 
 use qbin_format::{Scheme, TILE_COLS};
 
@@ -13,6 +17,8 @@ use super::isa::{Isa, Vectorized};
 use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
 pub(super) use choices::Choices;
+#[cfg(any(target_arch = "x86_64", test))]
+pub(super) use tiles::{Group, TILE};
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;
@@ -58,7 +64,10 @@ pub struct Activations {
     sums: Vec<i32>,
     /// The codes as two of four chooses from them, once it asked.
     #[cfg(target_arch = "x86_64")]
-    choices: std::sync::OnceLock<Vec<Choices>>,
+    choices: OnceLock<Vec<Choices>>,
+    /// The codes in tiles, once a matrix unit asked.
+    #[cfg(any(target_arch = "x86_64", test))]
+    tiles: OnceLock<tiles::Tiles>,
 }
 
 impl Activations {
@@ -134,6 +143,8 @@ impl Activations {
     fn base(&mut self) -> Bases {
         #[cfg(target_arch = "x86_64")]
         self.choices.take();
+        #[cfg(any(target_arch = "x86_64", test))]
+        self.tiles.take();
         Bases {
             cols: self.cols,
             group: self.group,
@@ -166,12 +177,6 @@ impl Activations {
     /// Columns with padding.
     pub(crate) fn stride(&self) -> usize {
         self.cols.next_multiple_of(TILE_COLS)
-    }
-
-    /// Codes from a token on, rows of [`Self::stride`].
-    #[cfg(any(target_arch = "x86_64", test))]
-    pub(crate) fn rows(&self, token: usize) -> &[i8] {
-        &self.codes[token * self.stride()..]
     }
 
     /// Codes, in rows of [`Self::stride`], scales and sums, in rows of [`Self::groups`], from a token on.
