@@ -18,7 +18,7 @@ use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
 pub(super) use choices::Choices;
 #[cfg(any(target_arch = "x86_64", test))]
-pub(super) use tiles::{Group, TILE};
+pub(super) use tiles::{BLOCK, Group, TILE};
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;

@@ -1,5 +1,7 @@
 //! Activations as the tiles of a matrix unit read them.
 
+use std::ops::Range;
+
 use super::Activations;
 use crate::kernels::isa::{Isa, Vectorized};
 
@@ -9,22 +11,28 @@ pub(in crate::kernels) const TILE: usize = 16;
 /// Columns that every group is a multiple of.
 const STEP: usize = 32;
 
-/// The codes of 16 tokens each, group after group and step after step; rows of 16 tokens that are not there, and columns
-/// right of the last one, are 0.
+/// Tiles of a block: what these tokens add to two panels' rows for one group stays in the first cache.
+pub(in crate::kernels) const BLOCK: usize = 8;
+
+/// The codes of 16 tokens each, in blocks of 8 tiles; rows of tokens that are not there, and columns right of the last one, are
+/// 0.
 ///
-/// A step is the 64 columns of a tile, or 32 where groups are not whole tiles. Steps follow each other without a gap: rows
-/// as they stand are often a power of two apart and would drive each other out of the first cache.
+/// A step is the 64 columns of a tile, or 32 where groups are not whole tiles. What is read together lies together: rows as they
+/// stand are often a power of two apart and would drive each other out of the first cache.
 #[derive(Clone, Debug)]
 pub(in crate::kernels) struct Tiles {
     /// Bytes of a row of a tile.
     pub(in crate::kernels) depth: usize,
     /// Steps of a group.
     pub(in crate::kernels) steps: usize,
-    /// `[tile of tokens][group][step][token][depth]`.
+    /// Tiles of all tokens.
+    count: usize,
+    /// Groups of a row.
+    in_row: usize,
+    /// `[block][group][tile][step][token][depth]`.
     codes: Vec<Line>,
-    /// `[tile of tokens][group]`.
+    /// `[block][group][tile]`.
     groups: Vec<Group>,
-    per_tile: usize,
 }
 
 /// A cache line of codes: one row of a tile, or two.
@@ -48,22 +56,28 @@ impl Group {
 }
 
 impl Tiles {
-    /// Columns of a group that is filled up to whole steps.
-    fn width(&self) -> usize {
-        self.steps * self.depth
+    /// Blocks of all tokens.
+    pub(in crate::kernels) fn blocks(&self) -> usize {
+        self.count.div_ceil(BLOCK)
     }
 
-    /// Codes of a tile of tokens from a group on.
-    pub(in crate::kernels) fn codes(&self, tile: usize, group: usize) -> &[i8] {
-        let first = (tile * self.per_tile + group) * self.width() * TILE / size_of::<Line>();
-        let lines = &self.codes[first..];
+    /// Codes, scales and sums of the tiles of a block for a group.
+    pub(in crate::kernels) fn group(&self, block: usize, group: usize) -> (&[i8], &[Group]) {
+        let tiles = self.tiles(block, group);
+        let lines = self.steps * self.depth * TILE / size_of::<Line>();
+        let codes = &self.codes[tiles.start * lines..tiles.end * lines];
         // SAFETY: a line consists of its codes, without padding, and may be read as such.
-        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
+        let codes =
+            unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), size_of_val(codes)) };
+        (codes, &self.groups[tiles])
     }
 
-    /// Scales and sums of a tile of tokens from a group on.
-    pub(in crate::kernels) fn groups(&self, tile: usize, group: usize) -> &[Group] {
-        &self.groups[tile * self.per_tile + group..(tile + 1) * self.per_tile]
+    /// Where the tiles of a block for a group are among all.
+    fn tiles(&self, block: usize, group: usize) -> Range<usize> {
+        let first = block * BLOCK;
+        let tiles = BLOCK.min(self.count - first);
+        let start = first * self.in_row + group * tiles;
+        start..start + tiles
     }
 }
 
@@ -92,36 +106,36 @@ impl Vectorized for Arrange<'_> {
         };
         assert!(x.group().is_multiple_of(depth), "groups of {}", x.group());
         let count = x.tokens().div_ceil(TILE);
-        let lines = x.groups() * x.group() * TILE / size_of::<Line>();
-        let mut codes = vec![Line([[0; STEP]; 2]); count * lines];
-        let mut groups = vec![Group::NONE; count * x.groups()];
-        for token in 0..x.tokens() {
-            let (tile, row) = (token / TILE, token % TILE);
-            let lines = &mut codes[tile * lines..][..lines];
-            let (from, _) = x.codes(token).as_chunks::<STEP>();
-            // What stands right of the last group is padding.
-            let from = from
-                .chunks(depth / STEP)
-                .take(x.groups() * x.group() / depth);
-            for (step, from) in from.enumerate() {
-                // Sixteen rows of one piece or of two.
-                let place = (step * TILE + row) * (depth / STEP);
-                for (at, from) in (place..).zip(from) {
-                    lines[at / 2].0[at % 2] = *from;
-                }
-            }
-            let groups = &mut groups[tile * x.groups()..];
-            let from = x.scales(token).iter().zip(x.sums(token));
-            for (group, (&scale, &sum)) in groups.iter_mut().zip(from) {
-                (group.scales[row], group.sums[row]) = (scale, sum);
-            }
-        }
-        Tiles {
+        let mut tiles = Tiles {
             depth,
             steps: x.group() / depth,
-            codes,
-            groups,
-            per_tile: x.groups(),
+            count,
+            in_row: x.groups(),
+            codes: vec![
+                Line([[0; STEP]; 2]);
+                count * x.groups() * x.group() * TILE / size_of::<Line>()
+            ],
+            groups: vec![Group::NONE; count * x.groups()],
+        };
+        let pieces = depth / STEP;
+        for token in 0..x.tokens() {
+            let (tile, row) = (token / TILE, token % TILE);
+            let (codes, _) = x.codes(token).as_chunks::<STEP>();
+            let scales = x.scales(token).iter().zip(x.sums(token));
+            let codes = codes.chunks(x.group() / STEP);
+            for (group, (codes, (&scale, &sum))) in codes.zip(scales).enumerate() {
+                let place = tiles.tiles(tile / BLOCK, group).start + tile % BLOCK;
+                tiles.groups[place].scales[row] = scale;
+                tiles.groups[place].sums[row] = sum;
+                for (step, codes) in codes.chunks(pieces).enumerate() {
+                    // Sixteen rows of one piece or of two.
+                    let first = ((place * tiles.steps + step) * TILE + row) * pieces;
+                    for (at, codes) in (first..).zip(codes) {
+                        tiles.codes[at / 2].0[at % 2] = *codes;
+                    }
+                }
+            }
         }
+        tiles
     }
 }

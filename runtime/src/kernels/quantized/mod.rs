@@ -112,6 +112,7 @@ struct Product<'a, 'o> {
 fn vectorized(isa: Isa, product: Product) {
     use avx2::{Bytes, Halves, Nibbles, Vnni};
     if product.x.tokens() > TILED
+        && amx::serves(product.x.group())
         && let Some(tiles) = amx::Amx::of(isa)
     {
         amx::run(isa, tiles, product);
