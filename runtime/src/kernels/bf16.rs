@@ -44,12 +44,3 @@ pub(crate) fn round_normal(x: f32) -> u32 {
 pub(crate) fn pair(early: f32, late: f32) -> u32 {
     round(early) | round(late) >> 16
 }
-
-/// `sum` and the products of two pairs, as the instruction adds them.
-#[inline(always)]
-pub(crate) fn add_products(a: u32, b: u32, sum: f32) -> f32 {
-    let early = |pair: u32| f32::from_bits(pair & EARLY);
-    let late = |pair: u32| f32::from_bits(pair << 16);
-    let sum = early(a).mul_add(early(b), sum);
-    late(a).mul_add(late(b), sum)
-}

@@ -22,7 +22,7 @@ use super::bf16;
 use super::isa::{Isa, Vectorized};
 use crate::kv_cache::{BlockCache, KvDtype, PAGE};
 use crate::math;
-use product::{Factor, Product, ROWS};
+use product::{Factor, Product, rows_at_once};
 use std::ops::Range;
 
 /// Positions that are one unit of parallel work when there are few queries.
@@ -207,14 +207,14 @@ impl Page<'_> {
             probabilities,
         } = room;
         // Apart, so that each has the registers for itself.
-        for block in self.blocks() {
+        for block in self.blocks(isa) {
             self.score(isa, &block, scores);
         }
         match self.dtype {
-            KvDtype::F32 => isa.run(Softmax::<1>(self, scores, probabilities, state)),
-            KvDtype::Bf16 => isa.run(Softmax::<2>(self, scores, probabilities, state)),
+            KvDtype::F32 => isa.run(Softmax::<1>(self, isa, scores, probabilities, state)),
+            KvDtype::Bf16 => isa.run(Softmax::<2>(self, isa, scores, probabilities, state)),
         }
-        for block in self.blocks() {
+        for block in self.blocks(isa) {
             self.mix(isa, &block, probabilities, &mut state.mixed);
         }
     }
@@ -262,13 +262,14 @@ impl Page<'_> {
         in_page(positions.start)..in_page(positions.end)
     }
 
-    /// The queries in blocks of [`ROWS`].
-    fn blocks(self) -> impl Iterator<Item = Block> {
-        let blocks = self.seen.chunks(ROWS).enumerate();
+    /// The queries in blocks whose products are computed together.
+    fn blocks(self, isa: Isa) -> impl Iterator<Item = Block> {
+        let rows = rows_at_once(isa, self.dtype, self.seen.len());
+        let blocks = self.seen.chunks(rows).enumerate();
         blocks.map(move |(block, seen)| {
             let used = seen.iter().map(|seen| self.seen(seen).end).max();
             Block {
-                first: block * ROWS,
+                first: block * rows,
                 count: seen.len(),
                 used: used.unwrap_or(0),
             }
@@ -286,16 +287,16 @@ impl Page<'_> {
 }
 
 /// The step of the online softmax from scores to words of `TERMS` probabilities.
-struct Softmax<'a, const TERMS: usize>(Page<'a>, &'a mut [f32], &'a mut [u32], &'a mut State);
+struct Softmax<'a, const TERMS: usize>(Page<'a>, Isa, &'a mut [f32], &'a mut [u32], &'a mut State);
 
 impl<const TERMS: usize> Vectorized for Softmax<'_, TERMS> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let Self(page, scores, probabilities, state) = self;
+        let Self(page, isa, scores, probabilities, state) = self;
         let (words, width) = (page.position_words(), page.value_width());
-        for block in page.blocks() {
+        for block in page.blocks(isa) {
             // Whole words of scores, of which those beyond the last lanes computed are not seen.
             let used = block.used.next_multiple_of(TERMS * LANES);
             for query in block.first..block.first + block.count {

@@ -13,6 +13,7 @@ use super::Product;
 use super::blocks::parts;
 use super::panel::{Panel, VECTOR};
 use crate::kernels::activations::{BLOCK, Group, TILE};
+use crate::kernels::ahead::AHEAD;
 use crate::kernels::isa::{Isa, Vectorized};
 
 /// Columns that are unpacked at a time: two panels of them take 64 KiB.
@@ -99,7 +100,7 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
                 });
                 for (block, y) in (0..arranged.blocks()).zip(&mut results) {
                     if groups.start == 0 {
-                        *y = [Values([[[0.0; TILE_ROWS]; TILE]; 2]); BLOCK];
+                        isa.run(Clear(y));
                     }
                     for (group, (b, b_group)) in groups.clone().zip(weights.groups(x.group())) {
                         let (a, a_groups) = arranged.group(block, group);
@@ -113,7 +114,12 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
                         tiles.multiply(operands, &mut sums, &mut y[..a_groups.len()]);
                     }
                     if groups.end == x.groups() {
-                        write(&mut product, pair, block, y);
+                        isa.run(Write {
+                            product: &mut product,
+                            pair,
+                            block,
+                            y,
+                        });
                     }
                 }
             }
@@ -122,13 +128,47 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
     tiles.release();
 }
 
+/// Begins with zeros.
+struct Clear<'a>(&'a mut [Values<f32>; BLOCK]);
+
+impl Vectorized for Clear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for Values(y) in self.0 {
+            y.as_flattened_mut()
+                .iter_mut()
+                .for_each(|y| *y = [0.0; TILE_ROWS]);
+        }
+    }
+}
+
 /// Hands over the results of two panels for a block of tokens.
-fn write(product: &mut Product, pair: [usize; 2], block: usize, y: &[Values<f32>; BLOCK]) {
-    let tokens = block * BLOCK * TILE..product.x.tokens();
-    for (tile, Values(y)) in tokens.clone().step_by(TILE).zip(y) {
-        for (panel, y) in pair.into_iter().zip(y) {
-            for (token, y) in (tile..tokens.end).zip(y) {
-                product.out.write(token, panel, y);
+struct Write<'a, 'p, 'o> {
+    product: &'a mut Product<'p, 'o>,
+    pair: [usize; 2],
+    block: usize,
+    y: &'a [Values<f32>; BLOCK],
+}
+
+impl Vectorized for Write<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { product, pair, .. } = self;
+        let tokens = self.block * BLOCK * TILE..product.x.tokens();
+        for (tile, Values(y)) in tokens.clone().step_by(TILE).zip(self.y) {
+            for (row, token) in (tile..tokens.end.min(tile + TILE)).enumerate() {
+                // Rows are far apart, and stores that wait for their lines would hold up all that follow.
+                if token + AHEAD < tokens.end {
+                    pair.iter()
+                        .for_each(|&panel| product.out.fetch(token + AHEAD, panel));
+                }
+                for (&panel, y) in pair.iter().zip(y) {
+                    product.out.write(token, panel, &y[row]);
+                }
             }
         }
     }

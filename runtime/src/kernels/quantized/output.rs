@@ -6,6 +6,7 @@ use std::ops::Range;
 use qbin_format::TILE_ROWS;
 
 use crate::kernels::Columns;
+use crate::kernels::ahead::fetch_near;
 
 /// Some panels of 16 rows of a result, handed out to one thread.
 pub(super) struct Panels<'a> {
@@ -65,6 +66,15 @@ impl<'a> Panels<'a> {
             .iter_mut()
             .zip(values)
             .for_each(|(to, from)| *to = *from);
+    }
+
+    /// Starts to bring a panel's rows for a token into the first cache.
+    ///
+    /// # Panics
+    /// As [`Self::write`].
+    #[inline(always)]
+    pub(super) fn fetch(&mut self, token: usize, panel: usize) {
+        fetch_near(self.rows(token, panel).as_ptr());
     }
 
     /// What was written before for a panel's rows and one token; 0 beyond the last row.

@@ -2,18 +2,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{Factor, Product, ROWS};
+use super::{Factor, PART, Product, ROWS};
 use crate::kernels::bf16;
 
 /// Columns of a vector.
 const LANES: usize = 8;
 /// Vectors whose sums are in registers at once, for each row.
 const VECTORS: usize = 2;
-/// Words of the depth that are multiplied at a time.
-const DEPTH: usize = 32;
 
-/// The early and the late terms of some words of a row, in memory, from where each can be broadcast.
-type Terms = [[f32; DEPTH]; 2];
+/// The early and the late terms of a part of a row, in memory, from where each can be broadcast.
+type Terms = [[f32; PART]; 2];
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn product(mut product: Product) {
@@ -21,9 +19,9 @@ pub(super) fn product(mut product: Product) {
         a, stride, columns, ..
     } = product;
     let rows = (product.c.len() / stride).min(ROWS);
-    for first in (0..a.depth.max(1)).step_by(DEPTH) {
-        let depth = DEPTH.min(a.depth - first);
-        let mut terms = [[[0.0; DEPTH]; 2]; ROWS];
+    for first in (0..a.depth.max(1)).step_by(PART) {
+        let depth = PART.min(a.depth - first);
+        let mut terms = [[[0.0; PART]; 2]; ROWS];
         for (row, [early, late]) in terms.iter_mut().take(rows).enumerate() {
             let words = &a.words[row * a.stride + first..][..depth];
             for ((early, late), &word) in early.iter_mut().zip(late).zip(words) {
@@ -67,50 +65,46 @@ fn tile<const ROWS: usize>(terms: &[Terms], product: &mut Product, column: usize
     let width = column + VECTORS * LANES;
     assert!(
         ROWS <= terms.len()
-            && depth <= DEPTH
+            && depth <= PART
             && (depth == 0 || (depth - 1) * stride + width <= b.len())
             && (ROWS - 1) * stride + width <= c.len(),
         "factors of {ROWS} rows and {width} columns"
     );
     let (b, c) = (b[column..].as_ptr(), c[column..].as_mut_ptr());
-    let mut sums = [[_mm256_setzero_ps(); VECTORS]; ROWS];
     // SAFETY: rows, words and columns are inside the slices, as just checked.
     unsafe {
-        if !replace {
-            for row in 0..ROWS {
+        let mut parts = [[[_mm256_setzero_ps(); VECTORS]; ROWS]; 2];
+        for (term, sums) in parts.iter_mut().enumerate() {
+            let mut now = [[_mm256_setzero_ps(); VECTORS]; ROWS];
+            for at in 0..depth {
+                let b = b.add(at * stride).cast::<__m256i>();
+                let mut terms_of_b = [_mm256_setzero_ps(); VECTORS];
                 for v in 0..VECTORS {
-                    sums[row][v] = _mm256_loadu_ps(c.add(row * stride + v * LANES));
+                    let words = _mm256_loadu_si256(b.add(v));
+                    let bits = match term {
+                        0 => _mm256_and_si256(words, _mm256_set1_epi32(bf16::EARLY.cast_signed())),
+                        _ => _mm256_slli_epi32::<16>(words),
+                    };
+                    terms_of_b[v] = _mm256_castsi256_ps(bits);
+                }
+                for row in 0..ROWS {
+                    let a = _mm256_broadcast_ss(terms.get_unchecked(row)[term].get_unchecked(at));
+                    for v in 0..VECTORS {
+                        now[row][v] = _mm256_fmadd_ps(a, terms_of_b[v], now[row][v]);
+                    }
                 }
             }
-        }
-        for at in 0..depth {
-            let b = b.add(at * stride).cast::<__m256i>();
-            let mut now = [_mm256_setzero_ps(); VECTORS];
-            for v in 0..VECTORS {
-                let early = _mm256_set1_epi32(bf16::EARLY.cast_signed());
-                let words = _mm256_loadu_si256(b.add(v));
-                now[v] = _mm256_castsi256_ps(_mm256_and_si256(words, early));
-            }
-            for row in 0..ROWS {
-                let a = _mm256_broadcast_ss(terms.get_unchecked(row)[0].get_unchecked(at));
-                for v in 0..VECTORS {
-                    sums[row][v] = _mm256_fmadd_ps(a, now[v], sums[row][v]);
-                }
-            }
-            for v in 0..VECTORS {
-                let words = _mm256_loadu_si256(b.add(v));
-                now[v] = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words));
-            }
-            for row in 0..ROWS {
-                let a = _mm256_broadcast_ss(terms.get_unchecked(row)[1].get_unchecked(at));
-                for v in 0..VECTORS {
-                    sums[row][v] = _mm256_fmadd_ps(a, now[v], sums[row][v]);
-                }
-            }
+            *sums = now;
         }
         for row in 0..ROWS {
             for v in 0..VECTORS {
-                _mm256_storeu_ps(c.add(row * stride + v * LANES), sums[row][v]);
+                let at = c.add(row * stride + v * LANES);
+                let before = match replace {
+                    true => _mm256_setzero_ps(),
+                    false => _mm256_loadu_ps(at),
+                };
+                let part = _mm256_add_ps(parts[0][row][v], parts[1][row][v]);
+                _mm256_storeu_ps(at, _mm256_add_ps(before, part));
             }
         }
     }

@@ -1,12 +1,17 @@
 //! The two products of attention: of queries and keys, and of probabilities and values.
 //!
-//! Operands are words of a cache's type ([`KvDtype`]). Each element of a product is one chain over the words in order, of one fused
-//! multiply-add for each term of a word.
+//! Operands are words of a cache's type ([`KvDtype`]). Of f32, each element of a product is one chain of fused multiply-adds over
+//! the words in order. Of bf16, every 16 words are a part: a chain over their early terms and one over their late terms begin with
+//! zero; their sum is added to the element. This is the order of `tdpbf16ps` (see [`bf16`](crate::kernels::bf16)).
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+
+use std::ops::Range;
 
 use crate::kernels::bf16;
 use crate::kernels::isa::{Isa, Level, Vectorized};
@@ -16,8 +21,22 @@ use crate::kv_cache::KvDtype;
 /// independent sums for every machine.
 pub(super) const ROWS: usize = 6;
 
-/// Words of the depth that are multiplied at a time.
-const STEP: usize = 8;
+/// Rows from which tiles are used: the vector kernels' blocks are no larger.
+const TILED: usize = ROWS + 1;
+
+/// Rows of a block for tiles: those of three.
+const TILED_ROWS: usize = 48;
+
+/// Words of a part.
+pub(super) const PART: usize = 16;
+
+/// Rows of a product that are given together, where there are `rows` in all.
+pub(super) fn rows_at_once(isa: Isa, dtype: KvDtype, rows: usize) -> usize {
+    match isa.level() == Level::Amx && dtype == KvDtype::Bf16 && rows >= TILED {
+        true => TILED_ROWS,
+        false => ROWS,
+    }
+}
 
 /// The left factor of a product: rows of `depth` words that follow each other at `stride`.
 #[derive(Clone, Copy)]
@@ -27,7 +46,7 @@ pub(super) struct Factor<'a> {
     pub(super) depth: usize,
 }
 
-/// `c += a · b`, or `c = a · b` where `replace`, for at most [`ROWS`] rows, of which only the first `columns` columns are
+/// `c += a · b`, or `c = a · b` where `replace`, for at most [`rows_at_once`], of which only the first `columns` columns are
 /// computed. `b` and `c` have rows of `stride`; it and `columns` are multiples of 16.
 pub(super) struct Product<'a> {
     pub(super) a: Factor<'a>,
@@ -40,17 +59,18 @@ pub(super) struct Product<'a> {
 
 impl Product<'_> {
     pub(super) fn run(self, isa: Isa, dtype: KvDtype) {
+        #[cfg(target_arch = "x86_64")]
+        if dtype == KvDtype::Bf16 {
+            // SAFETY of all: an `Isa` of this level, or that says so, exists only where detection found the features.
+            if isa.level() == Level::Amx && self.c.len() / self.stride >= TILED {
+                return unsafe { amx::product(self) };
+            } else if isa.has_bf16() {
+                return unsafe { avx512::product(self) };
+            } else if matches!(isa.level(), Level::Avx2 | Level::AvxVnni) {
+                return unsafe { avx2::product(self) };
+            }
+        }
         match (dtype, isa.level() >= Level::Avx512) {
-            #[cfg(target_arch = "x86_64")]
-            (KvDtype::Bf16, _) if isa.has_bf16() => {
-                // SAFETY: an `Isa` says this only where detection found the features.
-                unsafe { avx512::product(self) }
-            }
-            #[cfg(target_arch = "x86_64")]
-            (KvDtype::Bf16, false) if isa.level() >= Level::Avx2 => {
-                // SAFETY: as above.
-                unsafe { avx2::product(self) }
-            }
             (KvDtype::Bf16, true) => isa.run(Words::<true, 32>(self)),
             (KvDtype::Bf16, false) => isa.run(Words::<true, 16>(self)),
             (KvDtype::F32, true) => isa.run(Words::<false, 32>(self)),
@@ -96,54 +116,74 @@ impl<const PAIRS: bool, const WIDTH: usize> Words<'_, PAIRS, WIDTH> {
     fn tile<const ROWS: usize, const COLS: usize>(&mut self, column: usize) {
         let Product {
             a,
-            b,
             ref mut c,
             stride,
             replace,
             ..
         } = self.0;
-        let (b, c) = (&b[column..], &mut c[column..]);
+        let c = &mut c[column..];
         let mut sums = [[0f32; COLS]; ROWS];
         if !replace {
             for (row, sums) in sums.iter_mut().enumerate() {
                 sums.copy_from_slice(&c[row * stride..][..COLS]);
             }
         }
-        // A step at a time, so that bounds are checked once for each.
-        let steps = a.depth / STEP;
-        for step in 0..steps {
-            let mut now = [&[0; STEP]; ROWS];
-            for (row, now) in now.iter_mut().enumerate() {
-                let a = &a.words[row * a.stride + step * STEP..][..STEP];
-                *now = a.try_into().expect("of this length");
-            }
-            let b = &b[step * STEP * stride..][..(STEP - 1) * stride + COLS];
-            for at in 0..STEP {
-                let b: &[u32; COLS] = b[at * stride..][..COLS].try_into().expect("of this width");
-                for (sums, a) in sums.iter_mut().zip(now) {
-                    add::<PAIRS, COLS>(a[at], b, sums);
+        if !PAIRS {
+            self.chain::<WHOLE, ROWS, COLS>(0..a.depth, column, &mut sums);
+        } else {
+            for first in (0..a.depth).step_by(PART) {
+                let words = first..a.depth.min(first + PART);
+                let mut early = [[0f32; COLS]; ROWS];
+                self.chain::<EARLY, ROWS, COLS>(words.clone(), column, &mut early);
+                let mut late = [[0f32; COLS]; ROWS];
+                self.chain::<LATE, ROWS, COLS>(words, column, &mut late);
+                let parts = early.as_flattened().iter().zip(late.as_flattened());
+                for (sum, (early, late)) in sums.as_flattened_mut().iter_mut().zip(parts) {
+                    *sum += early + late;
                 }
             }
         }
-        for at in steps * STEP..a.depth {
-            let b: &[u32; COLS] = b[at * stride..][..COLS].try_into().expect("of this width");
-            for (row, sums) in sums.iter_mut().enumerate() {
-                add::<PAIRS, COLS>(a.words[row * a.stride + at], b, sums);
-            }
-        }
+        let c = &mut self.0.c[column..];
         for (row, sums) in sums.iter().enumerate() {
             c[row * stride..][..COLS].copy_from_slice(sums);
         }
     }
+
+    /// Adds the products of one term of each of some words.
+    #[inline(always)]
+    fn chain<const TERM: u8, const ROWS: usize, const COLS: usize>(
+        &self,
+        words: Range<usize>,
+        column: usize,
+        sums: &mut [[f32; COLS]; ROWS],
+    ) {
+        let Product { a, b, stride, .. } = self.0;
+        let a: [&[u32]; ROWS] =
+            std::array::from_fn(|row| &a.words[row * a.stride..][words.clone()]);
+        for (at, word) in words.enumerate() {
+            let b: &[u32; COLS] = b[word * stride + column..][..COLS]
+                .try_into()
+                .expect("of this width");
+            for (sums, a) in sums.iter_mut().zip(a) {
+                let a = term::<TERM>(a[at]);
+                for (sum, &b) in sums.iter_mut().zip(b) {
+                    *sum = a.mul_add(term::<TERM>(b), *sum);
+                }
+            }
+        }
+    }
 }
 
-/// Adds the products of one word with those of a row.
+/// All of a word, or one of its two terms.
+const WHOLE: u8 = 0;
+const EARLY: u8 = 1;
+const LATE: u8 = 2;
+
 #[inline(always)]
-fn add<const PAIRS: bool, const COLS: usize>(a: u32, b: &[u32; COLS], sums: &mut [f32; COLS]) {
-    for (sum, &b) in sums.iter_mut().zip(b) {
-        *sum = match PAIRS {
-            true => bf16::add_products(a, b, *sum),
-            false => f32::from_bits(a).mul_add(f32::from_bits(b), *sum),
-        };
-    }
+fn term<const TERM: u8>(word: u32) -> f32 {
+    f32::from_bits(match TERM {
+        WHOLE => word,
+        EARLY => word & bf16::EARLY,
+        _ => word << 16,
+    })
 }
