@@ -99,6 +99,7 @@ impl Room {
                 let values = vec![0.0; cell.width()];
                 make(row, column, Piece::Codes(cell, values));
             });
+            codes[0].arrange(cpu.isa, &cpu.pool);
             return Input {
                 tokens,
                 values: None,
@@ -151,6 +152,7 @@ fn hold<'a>(
                 &x[rows.start * cols..rows.end * cols],
             );
         });
+        codes.arrange(cpu.isa, &cpu.pool);
     }
     let rounded = !readers.is_empty() && cpu.path == Path::Bf16;
     Input {

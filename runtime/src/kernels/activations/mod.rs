@@ -2,12 +2,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod choices;
-#[cfg(any(target_arch = "x86_64", test))]
 mod tiles;
 
 use std::marker::PhantomData;
 use std::ops::Range;
-#[cfg(any(target_arch = "x86_64", test))]
+#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 use qbin_format::{Scheme, TILE_COLS};
@@ -18,7 +17,7 @@ use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
 pub(super) use choices::Choices;
 #[cfg(any(target_arch = "x86_64", test))]
-pub(super) use tiles::{BLOCK, Group, TILE};
+pub(super) use tiles::{BLOCK, Group, TILE, Tiles};
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;
@@ -65,9 +64,10 @@ pub struct Activations {
     /// The codes as two of four chooses from them, once it asked.
     #[cfg(target_arch = "x86_64")]
     choices: OnceLock<Vec<Choices>>,
-    /// The codes in tiles, once a matrix unit asked.
-    #[cfg(any(target_arch = "x86_64", test))]
-    tiles: OnceLock<tiles::Tiles>,
+    /// The codes in tiles, where they were arranged so.
+    tiles: Option<tiles::Tiles>,
+    /// Memory for tiles.
+    spare: Option<tiles::Tiles>,
 }
 
 impl Activations {
@@ -85,6 +85,7 @@ impl Activations {
         let mut activations = Self::default();
         activations.reset(x.len() / cols, cols, scheme);
         activations.whole().fill(isa, 0..x.len() / cols, x);
+        activations.arrange(isa, &Pool::new(1));
         activations
     }
 
@@ -143,8 +144,7 @@ impl Activations {
     fn base(&mut self) -> Bases {
         #[cfg(target_arch = "x86_64")]
         self.choices.take();
-        #[cfg(any(target_arch = "x86_64", test))]
-        self.tiles.take();
+        self.spare = self.tiles.take().or(self.spare.take());
         Bases {
             cols: self.cols,
             group: self.group,

@@ -5,15 +5,16 @@
 //! group are only to be scaled. The weights of a group stay in tiles while a block of tokens passes by; vector instructions scale
 //! the sums of 16 tokens, from memory, while the tiles multiply the next 16. Everything but [`Tiles`] is portable.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
-use qbin_format::TILE_ROWS;
+use qbin_format::{QuantizedView, TILE_ROWS};
 
 use super::Product;
 use super::blocks::parts;
 use super::panel::{Panel, VECTOR};
-use crate::kernels::activations::{BLOCK, Group, TILE};
-use crate::kernels::ahead::AHEAD;
+use crate::kernels::activations::{BLOCK, Group, TILE, Tiles as Arranged};
+use crate::kernels::ahead::{self, AHEAD};
 use crate::kernels::isa::{Isa, Vectorized};
 
 /// Columns that are unpacked at a time: two panels of them take 64 KiB.
@@ -66,25 +67,51 @@ pub(super) trait Tiles {
     fn release(&mut self);
 }
 
-/// Whether the tiles serve groups of this many columns.
-pub(super) fn serves(group: usize) -> bool {
-    matches!(group, 32 | 64 | 128)
+thread_local! {
+    static ROOM: RefCell<Room> = RefCell::default();
 }
 
-/// Computes a product, with vector instructions of `isa` beside the tiles.
-pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
-    let x = product.x;
-    let arranged = x.tiles(isa);
+/// What a product needs, kept from one to the next.
+#[derive(Default)]
+struct Room {
+    weights: Vec<Weights>,
+    results: Vec<Results>,
+}
+
+/// The results of two panels for a block of tokens.
+#[derive(Clone, Copy)]
+#[repr(C, align(4096))]
+struct Results([Values<f32>; BLOCK]);
+
+/// Computes a product with activations `arranged`, with vector instructions of `isa` beside the tiles.
+pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, arranged: &Arranged, mut product: Product) {
     tiles.configure(arranged.depth, arranged.steps);
+    ROOM.with_borrow_mut(|room| multiply(isa, &mut tiles, arranged, &mut product, room));
+    tiles.release();
+}
+
+fn multiply<T: Tiles>(
+    isa: Isa,
+    tiles: &mut T,
+    arranged: &Arranged,
+    product: &mut Product,
+    room: &mut Room,
+) {
+    let x = product.x;
     let at_once = COLS / x.group();
     let strip = match x.groups() <= at_once {
         true => 2,
         false => STRIP,
     };
-    let mut weights = Weights::empty();
+    let Room { weights, results } = room;
+    weights.resize(1, Weights::EMPTY);
+    let weights = &mut weights[0];
+    let count = strip / 2 * arranged.blocks();
+    results.resize(
+        results.len().max(count),
+        Results([Values([[[0.0; TILE_ROWS]; TILE]; 2]); BLOCK]),
+    );
     let mut sums = Values([[[0; TILE_ROWS]; TILE]; 2]);
-    let mut results =
-        vec![[Values([[[0.0; TILE_ROWS]; TILE]; 2]); BLOCK]; strip / 2 * arranged.blocks()];
     let panels = product.panels.clone();
     for start in panels.clone().step_by(strip) {
         let strip = start..panels.end.min(start + strip);
@@ -93,16 +120,19 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
             for first in strip.clone().step_by(2) {
                 let pair = [first, (first + 1).min(strip.end - 1)];
                 isa.run(Unpack {
-                    product: &product,
+                    product,
                     pair,
                     groups: groups.clone(),
-                    weights: &mut weights,
+                    weights,
                 });
-                for (block, y) in (0..arranged.blocks()).zip(&mut results) {
+                for (block, Results(y)) in (0..arranged.blocks()).zip(&mut results) {
                     if groups.start == 0 {
                         isa.run(Clear(y));
                     }
                     for (group, (b, b_group)) in groups.clone().zip(weights.groups(x.group())) {
+                        if block == 0 {
+                            fetch_next(product.w, pair, &groups, group, x.group());
+                        }
                         let (a, a_groups) = arranged.group(block, group);
                         let operands = Operands {
                             a,
@@ -115,7 +145,7 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
                     }
                     if groups.end == x.groups() {
                         isa.run(Write {
-                            product: &mut product,
+                            product,
                             pair,
                             block,
                             y,
@@ -125,7 +155,22 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, mut product: Product) {
             }
         }
     }
-    tiles.release();
+}
+
+/// Starts to bring the codes of a group, of the panels that are unpacked next, into the second cache.
+fn fetch_next(
+    w: &QuantizedView,
+    [_, last]: [usize; 2],
+    groups: &Range<usize>,
+    group: usize,
+    columns: usize,
+) {
+    for panel in last + 1..(last + 3).min(w.rows.div_ceil(TILE_ROWS)) {
+        let bytes = columns * TILE_ROWS * usize::from(w.scheme.bits) / 8;
+        let codes = Panel::of(w, panel).codes;
+        let end = codes.len().min(groups.end * bytes);
+        ahead::fetch(&codes[end.min(group * bytes)..end.min((group + 1) * bytes)]);
+    }
 }
 
 /// Begins with zeros.
@@ -175,6 +220,7 @@ impl Vectorized for Write<'_, '_, '_> {
 }
 
 /// Some groups of two panels, ready for use.
+#[derive(Clone)]
 #[repr(C, align(64))]
 struct Weights {
     /// `[group][panel][quad][row, 4]`.
@@ -185,16 +231,14 @@ struct Weights {
 }
 
 impl Weights {
-    fn empty() -> Box<Self> {
-        Box::new(Self {
-            codes: [[0; VECTOR]; 2 * COLS / 4],
-            groups: [Scales {
-                scales: [[0.0; TILE_ROWS]; 2],
-                offsets: [[0; TILE_ROWS]; 2],
-            }; COLS / SMALLEST],
-            offsets: false,
-        })
-    }
+    const EMPTY: Self = Self {
+        codes: [[0; VECTOR]; 2 * COLS / 4],
+        groups: [Scales {
+            scales: [[0.0; TILE_ROWS]; 2],
+            offsets: [[0; TILE_ROWS]; 2],
+        }; COLS / SMALLEST],
+        offsets: false,
+    };
 
     /// Codes and scales group by group, of so many columns each.
     fn groups(&self, columns: usize) -> impl Iterator<Item = (&[i8], &Scales)> {

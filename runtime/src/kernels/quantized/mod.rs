@@ -43,10 +43,6 @@ use super::columns::Columns;
 use super::isa::Isa;
 use output::Panels;
 
-/// Tokens above which AMX is used; not tuned.
-#[cfg(target_arch = "x86_64")]
-const TILED: usize = 4;
-
 /// Writes rows `rows` of `W·x` for every token of `x` into `out`, `[x.tokens(), rows.len()]`. Bias is the caller's.
 ///
 /// # Panics
@@ -111,11 +107,10 @@ struct Product<'a, 'o> {
 #[cfg(target_arch = "x86_64")]
 fn vectorized(isa: Isa, product: Product) {
     use avx2::{Bytes, Halves, Nibbles, Vnni};
-    if product.x.tokens() > TILED
-        && amx::serves(product.x.group())
+    if let Some(x) = product.x.tiles()
         && let Some(tiles) = amx::Amx::of(isa)
     {
-        amx::run(isa, tiles, product);
+        amx::run(isa, tiles, x, product);
     } else if let Some(v) = avx512::Avx512::of(isa) {
         blocks::run(v, product);
     } else if let Some(v) = Halves::<Vnni>::of(isa) {

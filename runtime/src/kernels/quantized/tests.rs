@@ -122,7 +122,8 @@ proptest! {
 /// The AMX product with tiles in software, on the vector instructions of `isa`.
 fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
-    let x = Activations::quantize(isa, x, w.cols, w.scheme);
+    let mut x = Activations::quantize(isa, x, w.cols, w.scheme);
+    x.arrange_in_tiles(isa, &Pool::new(1));
     let mut out = vec![f32::NAN; x.tokens() * w.rows];
     let mut columns = Columns::whole(&mut out, w.rows);
     let product = Product {
@@ -131,7 +132,8 @@ fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
         panels: 0..w.rows.div_ceil(16),
         out: super::Panels::of_columns(&mut columns, 0..w.rows),
     };
-    amx::run(isa, amx::tests::Software::new(), product);
+    let tiles = x.tiles().expect("just arranged");
+    amx::run(isa, amx::tests::Software::new(), tiles, product);
     out
 }
 
