@@ -65,9 +65,16 @@ impl Tiles {
         self.count.div_ceil(BLOCK)
     }
 
-    /// Codes, scales and sums of the tiles of a block for a group.
-    pub(in crate::kernels) fn group(&self, block: usize, group: usize) -> (&[i8], &[Group]) {
-        let tiles = self.tiles(block, group);
+    /// Codes, scales and sums of the tiles of a block for some groups.
+    pub(in crate::kernels) fn groups(
+        &self,
+        block: usize,
+        groups: Range<usize>,
+    ) -> (&[i8], &[Group]) {
+        let first = block * BLOCK;
+        let tiles = BLOCK.min(self.count - first);
+        let tiles =
+            first * self.in_row + groups.start * tiles..first * self.in_row + groups.end * tiles;
         let lines = self.lines();
         let codes = &self.codes[tiles.start * lines..tiles.end * lines];
         // SAFETY: a line consists of its codes, without padding, and may be read as such.
@@ -79,14 +86,6 @@ impl Tiles {
     /// Lines of a tile and group.
     fn lines(&self) -> usize {
         self.steps * self.depth * TILE / size_of::<Line>()
-    }
-
-    /// Where the tiles of a block for a group are among all.
-    fn tiles(&self, block: usize, group: usize) -> Range<usize> {
-        let first = block * BLOCK;
-        let tiles = BLOCK.min(self.count - first);
-        let start = first * self.in_row + group * tiles;
-        start..start + tiles
     }
 }
 
@@ -111,31 +110,43 @@ impl Activations {
         tiles.in_row = self.groups();
         let lines = tiles.lines();
         let (of_tile, of_block) = (tiles.in_row * lines, BLOCK * tiles.in_row);
-        // What they hold is overwritten.
-        tiles.codes.resize(tiles.count * of_tile, Line::default());
+        // What they hold is overwritten, and what they are longer is left.
+        let (all_lines, all_groups) = (tiles.count * of_tile, tiles.count * tiles.in_row);
+        tiles
+            .codes
+            .resize(tiles.codes.len().max(all_lines), Line::default());
         tiles
             .groups
-            .resize(tiles.count * tiles.in_row, Group::default());
+            .resize(tiles.groups.len().max(all_groups), Group::default());
         let (depth, x) = (tiles.depth, &*self);
-        pool.parts(&mut tiles.codes, of_block * lines, |block, lines| {
-            isa.run(Arrange {
-                x,
-                depth,
-                block,
-                lines,
-            });
-        });
-        pool.parts(&mut tiles.groups, of_block, |block, groups| {
-            let count = groups.len() / x.groups();
-            for (at, of_tokens) in groups.iter_mut().enumerate() {
-                let (group, tile) = (at / count, block * BLOCK + at % count);
-                *of_tokens = Group::default();
-                for (row, token) in (tile * TILE..x.tokens().min((tile + 1) * TILE)).enumerate() {
-                    of_tokens.scales[row] = x.scales(token)[group];
-                    of_tokens.sums[row] = x.sums(token)[group];
+        pool.parts(
+            &mut tiles.codes[..all_lines],
+            of_block * lines,
+            |block, lines| {
+                isa.run(Arrange {
+                    x,
+                    depth,
+                    block,
+                    lines,
+                });
+            },
+        );
+        pool.parts(
+            &mut tiles.groups[..all_groups],
+            of_block,
+            |block, groups| {
+                let count = groups.len() / x.groups();
+                for (at, of_tokens) in groups.iter_mut().enumerate() {
+                    let (group, tile) = (at / count, block * BLOCK + at % count);
+                    *of_tokens = Group::default();
+                    for (row, token) in (tile * TILE..x.tokens().min((tile + 1) * TILE)).enumerate()
+                    {
+                        of_tokens.scales[row] = x.scales(token)[group];
+                        of_tokens.sums[row] = x.sums(token)[group];
+                    }
                 }
-            }
-        });
+            },
+        );
         self.tiles = Some(tiles);
     }
 

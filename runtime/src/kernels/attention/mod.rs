@@ -22,7 +22,7 @@ use super::bf16;
 use super::isa::{Isa, Vectorized};
 use crate::kv_cache::{BlockCache, KvDtype, PAGE};
 use crate::math;
-use product::{Factor, Product, rows_at_once};
+use product::{Factor, Product, Shapes, rows_at_once};
 use std::ops::Range;
 
 /// Positions that are one unit of parallel work when there are few queries.
@@ -104,6 +104,7 @@ pub(crate) fn attend(
     let mut room = Room {
         scores: vec![0.0; count * PAGE],
         probabilities: vec![0; count * PAGE / shape.dtype.per_word()],
+        shapes: Shapes::default(),
     };
     let mut result: Option<State> = None;
     for split in splits {
@@ -175,6 +176,7 @@ struct Room {
     scores: Vec<f32>,
     /// `[queries, position words of a page]`.
     probabilities: Vec<u32>,
+    shapes: Shapes,
 }
 
 /// One page, and who looks at it.
@@ -205,22 +207,23 @@ impl Page<'_> {
         let Room {
             scores,
             probabilities,
+            shapes,
         } = room;
         // Apart, so that each has the registers for itself.
         for block in self.blocks(isa) {
-            self.score(isa, &block, scores);
+            self.score(isa, &block, scores, shapes);
         }
         match self.dtype {
             KvDtype::F32 => isa.run(Softmax::<1>(self, isa, scores, probabilities, state)),
             KvDtype::Bf16 => isa.run(Softmax::<2>(self, isa, scores, probabilities, state)),
         }
         for block in self.blocks(isa) {
-            self.mix(isa, &block, probabilities, &mut state.mixed);
+            self.mix(isa, &block, probabilities, &mut state.mixed, shapes);
         }
     }
 
     /// The scores of a block, whole lanes of them.
-    fn score(self, isa: Isa, block: &Block, scores: &mut [f32]) {
+    fn score(self, isa: Isa, block: &Block, scores: &mut [f32], shapes: &mut Shapes) {
         let key_words = self.keys.len() / PAGE;
         let product = Product {
             a: Factor {
@@ -234,11 +237,18 @@ impl Page<'_> {
             columns: block.used.next_multiple_of(LANES),
             replace: true,
         };
-        product.run(isa, self.dtype);
+        product.run(isa, self.dtype, shapes);
     }
 
     /// Adds the sums of the values by a block's probabilities to what was mixed before.
-    fn mix(self, isa: Isa, block: &Block, probabilities: &[u32], mixed: &mut [f32]) {
+    fn mix(
+        self,
+        isa: Isa,
+        block: &Block,
+        probabilities: &[u32],
+        mixed: &mut [f32],
+        shapes: &mut Shapes,
+    ) {
         let (position_words, width) = (self.position_words(), self.value_width());
         let product = Product {
             // Those of keys behind `used` are 0.
@@ -253,7 +263,7 @@ impl Page<'_> {
             columns: width,
             replace: false,
         };
-        product.run(isa, self.dtype);
+        product.run(isa, self.dtype, shapes);
     }
 
     /// The positions of this page that are among some.

@@ -38,16 +38,16 @@ pub(super) struct Scales {
     pub(super) offsets: [[u32; TILE_ROWS]; 2],
 }
 
-/// A group of two panels and some tiles of tokens.
+/// Some groups of two panels and some tiles of tokens.
 pub(super) struct Operands<'a> {
-    /// `[tile][step][token][depth]`.
+    /// `[group][tile][step][token][depth]`.
     pub(super) a: &'a [i8],
-    /// Scales and sums, for each tile.
+    /// Scales and sums, `[group][tile]`.
     pub(super) a_groups: &'a [Group],
-    /// `[panel][step][quad][row][4]`.
+    /// `[group][panel][step][quad][row][4]`.
     pub(super) b: &'a [i8],
-    /// The scales of both panels.
-    pub(super) b_group: &'a Scales,
+    /// The scales of both panels for each group.
+    pub(super) b_groups: &'a [Scales],
     /// Whether there are offsets that are not 0.
     pub(super) offsets: bool,
 }
@@ -57,7 +57,7 @@ pub(super) trait Tiles {
     /// Prepares for groups of so many `steps` of `depth` columns.
     fn configure(&mut self, depth: usize, steps: usize);
 
-    /// Adds the product of a group to `y`, one for each tile; `sums` is room.
+    /// Adds the product, group after group, to `y`, one for each tile; `sums` is room.
     ///
     /// # Panics
     /// If an operand is too short.
@@ -129,20 +129,18 @@ fn multiply<T: Tiles>(
                     if groups.start == 0 {
                         isa.run(Clear(y));
                     }
-                    for (group, (b, b_group)) in groups.clone().zip(weights.groups(x.group())) {
-                        if block == 0 {
-                            fetch_next(product.w, pair, &groups, group, x.group());
-                        }
-                        let (a, a_groups) = arranged.group(block, group);
-                        let operands = Operands {
-                            a,
-                            a_groups,
-                            b,
-                            b_group,
-                            offsets: weights.offsets,
-                        };
-                        tiles.multiply(operands, &mut sums, &mut y[..a_groups.len()]);
+                    if block == 0 {
+                        fetch_next(product.w, pair, &groups, x.group());
                     }
+                    let (a, a_groups) = arranged.groups(block, groups.clone());
+                    let operands = Operands {
+                        a,
+                        a_groups,
+                        b: weights.codes.as_flattened(),
+                        b_groups: &weights.groups[..groups.len()],
+                        offsets: weights.offsets,
+                    };
+                    tiles.multiply(operands, &mut sums, &mut y[..a_groups.len() / groups.len()]);
                     if groups.end == x.groups() {
                         isa.run(Write {
                             product,
@@ -157,19 +155,12 @@ fn multiply<T: Tiles>(
     }
 }
 
-/// Starts to bring the codes of a group, of the panels that are unpacked next, into the second cache.
-fn fetch_next(
-    w: &QuantizedView,
-    [_, last]: [usize; 2],
-    groups: &Range<usize>,
-    group: usize,
-    columns: usize,
-) {
+/// Starts to bring the codes that are unpacked next into the second cache.
+fn fetch_next(w: &QuantizedView, [_, last]: [usize; 2], groups: &Range<usize>, columns: usize) {
     for panel in last + 1..(last + 3).min(w.rows.div_ceil(TILE_ROWS)) {
         let bytes = columns * TILE_ROWS * usize::from(w.scheme.bits) / 8;
         let codes = Panel::of(w, panel).codes;
-        let end = codes.len().min(groups.end * bytes);
-        ahead::fetch(&codes[end.min(group * bytes)..end.min((group + 1) * bytes)]);
+        ahead::fetch(&codes[groups.start * bytes..codes.len().min(groups.end * bytes)]);
     }
 }
 
@@ -239,12 +230,6 @@ impl Weights {
         }; COLS / SMALLEST],
         offsets: false,
     };
-
-    /// Codes and scales group by group, of so many columns each.
-    fn groups(&self, columns: usize) -> impl Iterator<Item = (&[i8], &Scales)> {
-        let codes = self.codes.chunks_exact(2 * columns / 4);
-        codes.map(<[_]>::as_flattened).zip(&self.groups)
-    }
 }
 
 /// Fills [`Weights`].
@@ -391,16 +376,16 @@ mod instructions {
     macro_rules! add {
         ($r:literal) => {
             concat!(
-                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} - 2048 + 64*",
+                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 64*",
                 $r,
                 "]\n",
-                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} - 1024 + 64*",
+                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 1024 + 64*",
                 $r,
                 "]\n",
-                "vmovaps zmmword ptr [{y} - 2048 + 64*",
+                "vmovaps zmmword ptr [{y} + 64*",
                 $r,
                 "], zmm7\n",
-                "vmovaps zmmword ptr [{y} - 1024 + 64*",
+                "vmovaps zmmword ptr [{y} + 1024 + 64*",
                 $r,
                 "], zmm8\n",
             )
@@ -452,7 +437,7 @@ mod instructions {
         };
     }
 
-    /// Reads the weights of a group.
+    /// Reads the codes of a group.
     macro_rules! weights {
         (1, $tile:literal) => {
             concat!(
@@ -478,7 +463,7 @@ mod instructions {
         };
     }
 
-    /// Goes on to the next 16 tokens.
+    /// Keeps the sums of 16 tokens and goes on to the next.
     macro_rules! next {
         ($steps:literal, $tile:literal) => {
             concat!(
@@ -490,38 +475,62 @@ mod instructions {
                 $tile,
                 "\n",
                 "add {a_groups}, 128\n",
-                "add {y}, 2048\n",
-                "dec {tiles}\n",
             )
         };
     }
 
-    /// All tiles of a group.
+    /// Reads what two panels' rows are scaled by.
+    macro_rules! scales {
+        () => {
+            "vmovaps zmm0, zmmword ptr [{b_groups}]
+             vmovaps zmm1, zmmword ptr [{b_groups} + 64]
+             vmovdqa32 zmm2, zmmword ptr [{b_groups} + 128]
+             vmovdqa32 zmm3, zmmword ptr [{b_groups} + 192]"
+        };
+    }
+
+    /// All tiles of all groups; the sums of the last tile of a group are scaled while the next group begins.
     macro_rules! multiply {
         ($kind:ident, $steps:tt, $tile:literal, $depth:expr, $x:expr, $sums:expr, $y:expr) => {
             asm!(
                 weights!($steps, $tile),
-                "vmovaps zmm0, zmmword ptr [{b_group}]",
-                "vmovaps zmm1, zmmword ptr [{b_group} + 64]",
-                "vmovdqa32 zmm2, zmmword ptr [{b_group} + 128]",
-                "vmovdqa32 zmm3, zmmword ptr [{b_group} + 192]",
+                scales!(),
                 tile!(none, $steps),
                 next!($steps, $tile),
-                "jz 3f",
                 "2:",
+                "mov {left}, {tiles}",
+                "dec {left}",
+                "jz 4f",
+                "3:",
                 tile!($kind, $steps),
                 next!($steps, $tile),
-                "jnz 2b",
-                "3:",
+                "add {y}, 2048",
+                "dec {left}",
+                "jnz 3b",
+                "4:",
+                "dec {groups}",
+                "jz 5f",
+                concat!("add {b}, 2*", $steps, "*", $tile),
+                weights!($steps, $tile),
+                tile!($kind, $steps),
+                next!($steps, $tile),
+                "mov {y}, {first}",
+                "add {b_groups}, 256",
+                scales!(),
+                "jmp 2b",
+                "5:",
                 scale_four!($kind, "0" "1" "2" "3"),
                 scale_four!($kind, "4" "5" "6" "7"),
                 scale_four!($kind, "8" "9" "10" "11"),
                 scale_four!($kind, "12" "13" "14" "15"),
                 a = inout(reg) $x.a.as_ptr() => _,
                 a_groups = inout(reg) $x.a_groups.as_ptr() => _,
-                b = in(reg) $x.b.as_ptr(),
-                b_group = in(reg) $x.b_group,
-                tiles = inout(reg) $x.a_groups.len() => _,
+                b = inout(reg) $x.b.as_ptr() => _,
+                b_groups = inout(reg) $x.b_groups.as_ptr() => _,
+                groups = inout(reg) $x.b_groups.len() => _,
+                tiles = in(reg) $y.len(),
+                left = out(reg) _,
+                first = in(reg) $y.as_mut_ptr(),
                 y = inout(reg) $y.as_mut_ptr() => _,
                 sums = in(reg) $sums,
                 line = in(reg) VECTOR,
@@ -559,15 +568,17 @@ mod instructions {
 
         fn multiply(&mut self, x: Operands, sums: &mut Values<i32>, y: &mut [Values<f32>]) {
             const { assert!(size_of::<Group>() == 128 && size_of::<Scales>() == 256) };
-            let (depth, tiles) = (self.depth, x.a_groups.len());
+            let (depth, tiles, groups) = (self.depth, y.len(), x.b_groups.len());
             let bytes = self.steps * depth * TILE;
             assert!(
-                bytes > 0 && tiles > 0 && y.len() >= tiles,
-                "{tiles} tiles of {bytes} bytes"
+                bytes > 0 && tiles > 0 && groups > 0,
+                "{groups} groups of {tiles} tiles of {bytes} bytes"
             );
             assert!(
-                x.a.len() >= tiles * bytes && x.b.len() >= 2 * bytes,
-                "operands of {tiles} tiles of {bytes} bytes"
+                x.a.len() >= groups * tiles * bytes
+                    && x.a_groups.len() >= groups * tiles
+                    && x.b.len() >= 2 * groups * bytes,
+                "operands of {groups} groups of {tiles} tiles of {bytes} bytes"
             );
             // SAFETY: tiles as above, and AVX-512 is part of the level. With the shapes of `configure` the loads stay inside
             // the lengths just checked; sums and results are whole values, aligned to vectors.
@@ -632,22 +643,29 @@ pub(super) mod tests {
         }
 
         fn multiply(&mut self, x: Operands, _: &mut Values<i32>, y: &mut [Values<f32>]) {
-            let bytes = self.depth * TILE;
-            let tiles = x.a.chunks_exact(self.steps * bytes);
-            for ((a, of_tokens), Values(y)) in tiles.zip(x.a_groups).zip(y) {
-                for (panel, y) in y.iter_mut().enumerate() {
-                    let b = &x.b[panel * self.steps * bytes..];
-                    let mut sums = [[0; TILE_ROWS]; TILE];
-                    for (a, b) in a.chunks_exact(bytes).zip(b.chunks_exact(bytes)) {
-                        self.dot(&mut sums, a, b);
-                    }
-                    for (token, (y, sums)) in y.iter_mut().zip(sums).enumerate() {
-                        for row in 0..TILE_ROWS {
-                            let offset = i32::from(x.b_group.offsets[panel][row] as u16 as i16);
-                            assert!(x.offsets || offset == 0);
-                            let sum = sums[row] + offset * of_tokens.sums[token];
-                            let scale = x.b_group.scales[panel][row] * of_tokens.scales[token];
-                            y[row] = scale.mul_add(sum as f32, y[row]);
+            let bytes = self.steps * self.depth * TILE;
+            let tiles = y.len();
+            for (group, scales) in x.b_groups.iter().enumerate() {
+                for (tile, Values(y)) in y.iter_mut().enumerate() {
+                    let a = &x.a[(group * tiles + tile) * bytes..][..bytes];
+                    let of_tokens = &x.a_groups[group * tiles + tile];
+                    for (panel, y) in y.iter_mut().enumerate() {
+                        let b = &x.b[(2 * group + panel) * bytes..][..bytes];
+                        let mut sums = [[0; TILE_ROWS]; TILE];
+                        for (a, b) in a
+                            .chunks_exact(self.depth * TILE)
+                            .zip(b.chunks_exact(self.depth * TILE))
+                        {
+                            self.dot(&mut sums, a, b);
+                        }
+                        for (token, (y, sums)) in y.iter_mut().zip(sums).enumerate() {
+                            for row in 0..TILE_ROWS {
+                                let offset = i32::from(scales.offsets[panel][row] as u16 as i16);
+                                assert!(x.offsets || offset == 0);
+                                let sum = sums[row] + offset * of_tokens.sums[token];
+                                let scale = scales.scales[panel][row] * of_tokens.scales[token];
+                                y[row] = scale.mul_add(sum as f32, y[row]);
+                            }
                         }
                     }
                 }

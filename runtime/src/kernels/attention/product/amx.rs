@@ -15,12 +15,26 @@ const SUMS: usize = 0;
 const WHOLE: [usize; 2] = [1, 2];
 const REST: [usize; 2] = [3, 4];
 
+/// The shapes that the tiles of this thread have, which are set only when they change: rows, and words behind the last whole
+/// part.
+#[derive(Default)]
+pub(in super::super) struct Shapes(Option<[usize; 2]>);
+
+impl Drop for Shapes {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            // SAFETY: who set them had the tiles. They are given back so that a switch of threads need not save them.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) }
+        }
+    }
+}
+
 /// # Panics
 /// If a factor is too short.
 ///
 /// # Safety
 /// Detection found AMX, and the operating system granted its tiles.
-pub(super) unsafe fn product(product: Product) {
+pub(super) unsafe fn product(product: Product, shapes: &mut Shapes) {
     let Product { a, b, stride, .. } = product;
     let rows = product.c.len() / stride;
     let (parts, rest) = (a.depth / PART, a.depth % PART);
@@ -31,10 +45,9 @@ pub(super) unsafe fn product(product: Product) {
         "factors of {rows} rows and {} columns",
         product.columns
     );
-    let mut configured = 0;
     for row in (0..rows).step_by(TILE) {
         let count = TILE.min(rows - row);
-        if count != configured {
+        if shapes.0 != Some([count, rest]) {
             let mut config = TileConfig::WHOLE;
             config.rows[SUMS] = count as u8;
             for [left, right] in [WHOLE, REST] {
@@ -47,7 +60,7 @@ pub(super) unsafe fn product(product: Product) {
             }
             // SAFETY: as the caller says; the instruction reads these 64 bytes.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) }
-            configured = count;
+            shapes.0 = Some([count, rest]);
         }
         for column in (0..product.columns).step_by(TILE) {
             // SAFETY: as the caller says. Rows, words and columns of the configured tiles are inside the slices, as checked
@@ -94,6 +107,4 @@ pub(super) unsafe fn product(product: Product) {
             }
         }
     }
-    // SAFETY: as the caller says.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }

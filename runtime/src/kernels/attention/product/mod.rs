@@ -17,6 +17,14 @@ use crate::kernels::bf16;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 use crate::kv_cache::KvDtype;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use amx::Shapes;
+
+/// There are no tiles.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Default)]
+pub(super) struct Shapes;
+
 /// Rows whose sums are in registers at once: with 2 vectors each, 12 of the 16 registers of AVX2, and enough
 /// independent sums for every machine.
 pub(super) const ROWS: usize = 6;
@@ -58,12 +66,14 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    pub(super) fn run(self, isa: Isa, dtype: KvDtype) {
+    pub(super) fn run(self, isa: Isa, dtype: KvDtype, shapes: &mut Shapes) {
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = shapes;
         #[cfg(target_arch = "x86_64")]
         if dtype == KvDtype::Bf16 {
             // SAFETY of all: an `Isa` of this level, or that says so, exists only where detection found the features.
             if isa.level() == Level::Amx && self.c.len() / self.stride >= TILED {
-                return unsafe { amx::product(self) };
+                return unsafe { amx::product(self, shapes) };
             } else if isa.has_bf16() {
                 return unsafe { avx512::product(self) };
             } else if matches!(isa.level(), Level::Avx2 | Level::AvxVnni) {
