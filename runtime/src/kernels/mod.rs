@@ -31,6 +31,8 @@ pub(crate) mod logits;
 pub mod pages;
 mod pool;
 mod quantized;
+#[cfg(target_arch = "x86_64")]
+mod tile_config;
 
 pub(crate) use activations::{ActivationCell, whole_groups};
 pub use activations::{Activations, activation_group};
