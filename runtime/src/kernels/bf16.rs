@@ -1,13 +1,14 @@
-//! Numbers rounded to bf16, alone and in pairs, so that products of pairs have the same bits with and without an instruction
+//! Numbers rounded to bf16, alone and in pairs, so that products of them have the same bits with and without an instruction
 //! for them.
 //!
 //! `vdpbf16ps` adds two products to a sum, that of the high halves first, each as a fused multiply-add rounded to nearest
-//! even (Intel's manual at `VDPBF16PS`; Zen 4 was found to do the same), so the earlier term of a pair is packed into the
-//! high half. It also takes subnormal operands for zeros and flushes subnormal sums, but there are none: elements below
-//! 2⁻⁵⁶ count as zero, hence every product, and every rounded sum of products, is a multiple of 2⁻¹²⁶, the smallest
-//! normal number.
+//! even (Intel's manual at `VDPBF16PS`; Zen 4 and a Xeon were found to do the same), so the earlier term of a pair is packed
+//! into the high half. It also takes subnormal operands for zeros and flushes subnormal sums, as do AMX's tiles
+//! (`tdpbf16ps`), but there are none: elements below 2⁻⁵⁶ count as zero, hence every product, and every rounded sum of
+//! products, in whatever order, is a multiple of 2⁻¹²⁶, the smallest normal number.
 //!
-//! The tiles of AMX (`tdpbf16ps`) sum in another order, so they cannot take these products.
+//! Products are summed in the order of the tiles: those of linears ([`gemm`](super::gemm::product_rounded)) and those of
+//! attention.
 
 /// Bits of 2⁻⁵⁶: what is smaller counts as zero.
 const SMALLEST: u32 = (127 - 56) << 23;

@@ -73,7 +73,7 @@ fn native() -> Vec<Isa> {
             let vbmi2 =
                 is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
             let bf16 = is_x86_feature_detected!("avx512bf16")
-                && sums_pairs_in_order(detected(Level::Avx512, vbmi2, true));
+                && adds_pairs_as_defined(detected(Level::Avx512, vbmi2, true));
             found.push(detected(Level::Avx512, vbmi2, bf16));
             if amx::granted() {
                 let amx = detected(Level::Amx, vbmi2, bf16);
@@ -101,16 +101,27 @@ fn native() -> Vec<Isa> {
 
 /// Whether the dot product of bf16 pairs gives the bits of the definition; asked once.
 #[cfg(target_arch = "x86_64")]
-fn sums_pairs_in_order(avx512: Isa) -> bool {
+fn adds_pairs_as_defined(avx512: Isa) -> bool {
     static AGREES: OnceLock<bool> = OnceLock::new();
-    *AGREES.get_or_init(|| gemm::agrees(avx512))
+    *AGREES.get_or_init(|| gemm::agrees(avx512, gemm::Form::Pairs))
+}
+
+/// Whether the CPU is Intel's, for choices between ways that give the same bits. Asked once.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn is_intel() -> bool {
+    static INTEL: OnceLock<bool> = OnceLock::new();
+    *INTEL.get_or_init(|| {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
+    })
 }
 
 /// Whether products of tiles are those of the definition; asked once.
 #[cfg(target_arch = "x86_64")]
 fn multiplies_right(amx: Isa) -> bool {
     static AGREES: OnceLock<bool> = OnceLock::new();
-    *AGREES.get_or_init(|| quantized::agrees(amx))
+    *AGREES.get_or_init(|| quantized::agrees(amx) && gemm::agrees(amx, gemm::Form::Tiles))
 }
 
 /// Whether AMX is there: the CPU has it, and Linux gives this process the tiles' state.
@@ -188,5 +199,14 @@ mod tests {
             let expected = isa.level() >= Level::Avx512 && is_x86_feature_detected!("avx512bf16");
             assert_eq!(isa.has_bf16(), expected, "{}", isa.level());
         }
+    }
+
+    // As above.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn tiles_multiply_as_defined_where_they_are() {
+        let found = Isa::available().iter().any(|isa| isa.level() == Level::Amx);
+        let avx512 = Isa::at(Level::Avx512).is_ok();
+        assert_eq!(found, avx512 && amx::granted());
     }
 }

@@ -91,8 +91,8 @@ impl Isa {
         self.vbmi2
     }
 
-    /// Whether the dot product of bf16 pairs may be used at 512 bits: it is there and sums in the order that
-    /// [`gemm`](super::gemm) defines.
+    /// Whether the dot product of bf16 pairs may be used at 512 bits: it is there and gives the bits that
+    /// [`product_rounded`](super::gemm::product_rounded) defines.
     pub fn has_bf16(self) -> bool {
         self.bf16
     }

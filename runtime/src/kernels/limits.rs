@@ -6,6 +6,7 @@
 //! a time, because one core often reads faster so. The peaks are of independent chains in registers, so that nothing but the execution
 //! units can limit them.
 
+use crate::kernels::gemm::Form;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -40,7 +41,7 @@ pub struct Limits {
     pub int8: Option<f64>,
     /// f32 operations per second of fused multiply-adds.
     pub f32: Option<f64>,
-    /// bf16 operations per second of the dot product of pairs, where there is one.
+    /// bf16 operations per second of what multiplies rounded operands: tiles, pairs, or f32's fused multiply-adds.
     pub bf16: Option<f64>,
 }
 
@@ -225,19 +226,21 @@ fn f32_burst(level: Level) -> Option<Burst> {
     }
 }
 
-/// The dot product of bf16 pairs.
+/// What products of operands rounded to bf16 are made of.
 fn bf16_burst(isa: Isa) -> Option<Burst> {
-    #[cfg(target_arch = "x86_64")]
-    if isa.has_bf16() {
-        return Some(x86::DPBF16_512);
+    match Form::of(isa) {
+        Form::Values => f32_burst(isa.level()),
+        #[cfg(target_arch = "x86_64")]
+        Form::Pairs => Some(x86::DPBF16_512),
+        #[cfg(target_arch = "x86_64")]
+        Form::Tiles => Some(x86::TDPBF16PS),
     }
-    let _ = isa;
-    None
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Burst, STEPS, operations};
+    use crate::kernels::tile_config::TileConfig;
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
@@ -278,56 +281,48 @@ mod x86 {
     burst!(DPBF16_512, "avx512f,avx512bf16", 24 of 64, _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5), _mm512_set1_ps(0.5)),
         _mm512_set1_ps(1.0), |sum, half| _mm512_dpbf16_ps(sum, half, half));
 
-    /// Two tiles of activations times two of weights, as a kernel would hold them.
-    pub(super) const TDPBUSD: Burst = Burst {
-        // SAFETY: called with an `Isa` of the AMX level: the CPU has the instructions and the system granted the tiles.
-        run: |_| unsafe { tile_products() },
-        operations: operations(4, 16 * 16 * 64 * 2),
-    };
-
-    /// # Safety
-    /// AMX INT8 is there and granted.
-    unsafe fn tile_products() {
-        /// Palette 1: eight tiles of 16 rows of 64 bytes.
-        #[repr(C, align(64))]
-        struct Config {
-            palette: u8,
-            start_row: u8,
-            reserved: [u8; 14],
-            columns: [u16; 16],
-            rows: [u8; 16],
-        }
-        let first_eight = |value| std::array::from_fn(|tile| if tile < 8 { value } else { 0 });
-        let config = Config {
-            palette: 1,
-            start_row: 0,
-            reserved: [0; 14],
-            columns: first_eight(64).map(u16::from),
-            rows: first_eight(16),
+    /// Declares a burst: two tiles of activations times two of weights, as a kernel would hold them.
+    macro_rules! tiles {
+        ($name:ident, $instruction:literal, $depth:literal) => {
+            pub(super) const $name: Burst = {
+                /// # Safety
+                /// AMX is there and granted.
+                unsafe fn products() {
+                    // SAFETY: the configuration is valid and lives through the block, whose tiles are zeroed before use
+                    // and released at its end.
+                    unsafe {
+                        std::arch::asm!(
+                            "ldtilecfg [{config}]",
+                            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                            "2:",
+                            concat!($instruction, " tmm0, tmm4, tmm6"),
+                            concat!($instruction, " tmm1, tmm4, tmm7"),
+                            concat!($instruction, " tmm2, tmm5, tmm6"),
+                            concat!($instruction, " tmm3, tmm5, tmm7"),
+                            "dec {steps}",
+                            "jnz 2b",
+                            "tilerelease",
+                            config = in(reg) &TileConfig::WHOLE,
+                            steps = inout(reg) STEPS => _,
+                            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                            options(nostack),
+                        );
+                    }
+                }
+                Burst {
+                    // SAFETY: called with an `Isa` of the AMX level: the CPU has the instructions and the system granted
+                    // the tiles.
+                    run: |_| unsafe { products() },
+                    operations: operations(4, 16 * 16 * $depth * 2),
+                }
+            };
         };
-        // SAFETY: the configuration is valid and lives through the block, whose tiles are zeroed before use and
-        // released at its end.
-        unsafe {
-            std::arch::asm!(
-                "ldtilecfg [{config}]",
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
-                "2:",
-                "tdpbusd tmm0, tmm4, tmm6",
-                "tdpbusd tmm1, tmm4, tmm7",
-                "tdpbusd tmm2, tmm5, tmm6",
-                "tdpbusd tmm3, tmm5, tmm7",
-                "dec {steps}",
-                "jnz 2b",
-                "tilerelease",
-                config = in(reg) &raw const config,
-                steps = inout(reg) STEPS => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
     }
+
+    tiles!(TDPBUSD, "tdpbusd", 64);
+    tiles!(TDPBF16PS, "tdpbf16ps", 32);
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -426,13 +421,12 @@ mod tests {
                         && limits.read_plain > 0.0
                 );
                 let scalar = isa.level() == Level::Scalar;
-                for peak in [limits.int8, limits.f32] {
+                for peak in [limits.int8, limits.f32, limits.bf16] {
                     assert!(
                         scalar == peak.is_none()
                             && peak.is_none_or(|peak| peak.is_finite() && peak > 0.0)
                     );
                 }
-                assert!(isa.has_bf16() == limits.bf16.is_some_and(|peak| peak > 0.0));
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! An element of a product is the sum, in order, of the parts of 256 terms; a part is one chain of fused
 //! multiply-adds over its terms in order, starting from zero. Nothing else is rounded, so a result depends neither on
-//! the instruction set, nor on the other rows and columns computed with it, nor on threads.
+//! the instruction set, nor on the other rows and columns computed with it, nor on threads. Of operands rounded to bf16 the
+//! order is another one, that of the instruction which multiplies them fastest ([`product_rounded`]).
 
 mod bf16;
 mod columns;
@@ -17,6 +18,7 @@ use std::ops::Range;
 use super::isa::{Isa, Vectorized};
 use tile::Tile;
 
+pub(in crate::kernels) use bf16::Form;
 #[cfg(target_arch = "x86_64")]
 pub(in crate::kernels) use bf16::agrees;
 pub use bf16::{Rounded, product_rounded};

@@ -1,10 +1,9 @@
 //! Products against their definition in f64, and equal bits however they are computed.
 
 use super::*;
-use crate::kernels::pool::Pool;
 
 /// Seeded values in −0.5 .. 0.5.
-fn values(len: usize, seed: u64) -> Vec<f32> {
+pub(super) fn values(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
     let next = |_| {
         state = state
@@ -193,69 +192,6 @@ fn transposes_are_those_of_the_definition() {
             transpose(isa, part, &mut out);
             for (at, &value) in out.iter().enumerate() {
                 assert_eq!(value, x[at % rows * (cols + 5) + 2 + at / rows]);
-            }
-        }
-    }
-}
-
-/// [`values`] with exponents spread over `spread` powers of two from `1` down, and a zero here and there.
-fn spread(len: usize, seed: u64, spread: i32) -> Vec<f32> {
-    let exponents = values(len, seed + 1);
-    let scaled = values(len, seed).into_iter().zip(exponents);
-    scaled
-        .map(|(value, e)| value * ((e - 0.5) * spread as f32).round().exp2())
-        .collect()
-}
-
-#[test]
-fn rounding_is_that_of_bf16_but_for_what_is_tiny() {
-    let smallest = f32::from_bits((127 - 56) << 23);
-    let halves = (0..=u16::MAX).flat_map(|half| {
-        let bits = u32::from(half) << 16;
-        [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| f32::from_bits(bits | low))
-    });
-    for x in halves {
-        let mut got = [f32::NAN];
-        let rounded = Rounded::new(Isa::available()[0], &Pool::new(1), &[x], 1);
-        product_rounded(Isa::available()[0], &mut got, &rounded, &[1.0]);
-        let expected = match x.abs() < smallest {
-            true => 0.0,
-            false => half::bf16::from_f32(x).to_f32(),
-        };
-        assert!(
-            got[0] == expected || got[0].is_nan() && expected.is_nan(),
-            "{x:e}: {} {expected}",
-            got[0]
-        );
-    }
-}
-
-#[test]
-fn rounded_products_have_the_bits_of_products_of_the_rounded() {
-    let pool = Pool::new(2);
-    for (rows, depth, cols) in SHAPES {
-        // Close to each other; far apart; and so small that products reach what the instruction would flush.
-        for (range, scale) in [(3, 1.0), (40, 1.0), (20, f32::exp2(-45.0))] {
-            let scaled = |len, seed| -> Vec<f32> {
-                spread(len, seed, range).iter().map(|x| x * scale).collect()
-            };
-            let (x, w) = (scaled(rows * depth, 11), scaled(cols * depth, 12));
-            let round = |x: &f32| match x.abs() < f32::exp2(-56.0) {
-                true => 0.0,
-                false => half::bf16::from_f32(*x).to_f32(),
-            };
-            let (a, b): (Vec<f32>, Vec<f32>) =
-                (x.iter().map(round).collect(), w.iter().map(round).collect());
-            let mut expected = vec![f32::NAN; rows * cols];
-            let left = View::row_major(&a, rows, depth);
-            let right = View::row_major(&b, cols, depth).transpose();
-            let scalar = Isa::available()[0];
-            product(scalar, &mut expected, cols, Store::Replace, left, right);
-            for isa in Isa::available() {
-                let mut out = vec![f32::NAN; rows * cols];
-                product_rounded(isa, &mut out, &Rounded::new(isa, &pool, &x, depth), &w);
-                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&out), bits(&expected), "{} {range}", isa.level());
             }
         }
     }

@@ -8,7 +8,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Slab;
+#[cfg(target_arch = "x86_64")]
+use super::amx::{self, Amx};
 use super::tile::{self, Sums, WIDTH};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::ahead;
 use crate::kernels::gemm::{Store, View, product};
 use crate::kernels::isa::{Isa, Vectorized};
 
@@ -60,11 +64,17 @@ impl<'a> Addend<'a> {
     }
 
     /// Adds the products of the panels `left` and `right` to their tile.
-    fn add(&self, isa: Isa, [left, right]: [usize; 2], ahead: &[&[f64]], tile: &mut Tile) {
+    fn add(
+        &self,
+        isa: Isa,
+        lefts: &Lefts<'_>,
+        [left, right]: [usize; 2],
+        ahead: &[&[f64]],
+        tile: &mut Tile,
+    ) {
         let slab = self.slab;
         let mut sums: Sums = [[0; WIDTH]; WIDTH];
-        let panels = [left, right].map(|panel| slab.panel(panel));
-        tile::products(isa, panels[0], panels[1], ahead, &mut sums);
+        lefts.products(isa, left, slab.panel(right), ahead, &mut sums);
         isa.run(AddSums {
             slab,
             left,
@@ -91,16 +101,54 @@ impl<'a> Addend<'a> {
     }
 }
 
+/// A slab's panels that are multiplied from the left, from panel `first` on, in the form that is multiplied fastest.
+struct Lefts<'a> {
+    first: usize,
+    panels: Vec<&'a [u32]>,
+    #[cfg(target_arch = "x86_64")]
+    turned: Option<(&'a Amx, Vec<amx::Left>)>,
+}
+
+impl Lefts<'_> {
+    /// The products of panel `left` and `right`; [`tile::products`] says more.
+    fn products(&self, isa: Isa, left: usize, right: &[u32], ahead: &[&[f64]], sums: &mut Sums) {
+        let left = left - self.first;
+        #[cfg(target_arch = "x86_64")]
+        if let Some((amx, turned)) = &self.turned {
+            ahead.iter().for_each(|row| ahead::fetch(row));
+            return amx.products(&turned[left], right, sums);
+        }
+        tile::products(isa, self.panels[left], right, ahead, sums);
+    }
+}
+
 /// The rows from panel `first` on. A tile is copied from the matrix when the first slab comes to it, and back after the
 /// last one; its lines are on their way since the tile before.
 fn add_rows(isa: Isa, slabs: &[Addend<'_>], first: usize, n: usize, rows: &mut [f64]) {
     let last = first + (rows.len() / n).div_ceil(WIDTH);
+    #[cfg(target_arch = "x86_64")]
+    let amx = Amx::of(isa);
+    let lefts: Vec<Lefts<'_>> = slabs
+        .iter()
+        .map(|addend| {
+            let panels: Vec<&[u32]> = (first..last).map(|at| addend.slab.panel(at)).collect();
+            Lefts {
+                first,
+                #[cfg(target_arch = "x86_64")]
+                turned: amx.as_ref().map(|amx| {
+                    let turned = panels.iter().map(|panel| amx::Left::new(isa, panel));
+                    (amx, turned.collect())
+                }),
+                panels,
+            }
+        })
+        .collect();
     let mut tiles: Vec<Tile> = vec![[[0.0; WIDTH]; WIDTH]; ROWS * COLS];
     for start in (0..last).step_by(COLS) {
         let pairs: Vec<[usize; 2]> = (start..last.min(start + COLS))
             .flat_map(|right| (first.max(right)..last).map(move |left| [left, right]))
             .collect();
-        for (at, slab) in slabs.iter().enumerate() {
+        for (at, (slab, lefts)) in slabs.iter().zip(&lefts).enumerate() {
             let (begins, ends) = (at == 0, at + 1 == slabs.len());
             for (at, (tile, &pair)) in tiles.iter_mut().zip(&pairs).enumerate() {
                 if begins {
@@ -114,7 +162,7 @@ fn add_rows(isa: Isa, slabs: &[Addend<'_>], first: usize, n: usize, rows: &mut [
                     let line = |line: Range<usize>| &rows[line.start..rows.len().min(line.end + 8)];
                     ahead.extend(lines(rows.len(), n, first, next).map(line));
                 }
-                slab.add(isa, pair, &ahead, tile);
+                slab.add(isa, lefts, pair, &ahead, tile);
                 if ends {
                     for (values, line) in tile.iter().zip(lines(rows.len(), n, first, pair)) {
                         let width = line.len();

@@ -9,6 +9,8 @@
 //! is treated so, the most extreme ones.
 
 mod add;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod massive;
 mod round;
 mod tile;

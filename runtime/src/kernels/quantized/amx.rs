@@ -301,6 +301,7 @@ mod instructions {
 
     use super::{Group, Operands, Scales, TILE, Tiles, VECTOR, Values};
     use crate::kernels::isa::{Isa, Level};
+    use crate::kernels::tile_config::TileConfig;
 
     /// Proof of AMX-INT8, and with it of AVX-512.
     pub(in super::super) struct Amx {
@@ -313,17 +314,6 @@ mod instructions {
         pub(in super::super) fn of(isa: Isa) -> Option<Self> {
             (isa.level() == Level::Amx).then_some(Self { depth: 0, steps: 0 })
         }
-    }
-
-    /// What `ldtilecfg` reads, palette 1.
-    #[repr(C, align(64))]
-    struct Config {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        /// Bytes of a row, per tile.
-        row_bytes: [u16; 16],
-        rows: [u8; 16],
     }
 
     /// The sums of one of the 16 tokens before these, scaled and added to the result.
@@ -547,15 +537,7 @@ mod instructions {
     impl Tiles for Amx {
         fn configure(&mut self, depth: usize, steps: usize) {
             assert!(depth == 32 || depth == 64, "depth {depth}");
-            let mut config = Config {
-                palette: 1,
-                start_row: 0,
-                reserved: [0; 14],
-                row_bytes: [0; 16],
-                rows: [0; 16],
-            };
-            config.row_bytes[..8].fill(64);
-            config.rows[..8].fill(TILE as u8);
+            let mut config = TileConfig::WHOLE;
             config.row_bytes[2..4].fill(depth as u16);
             config.rows[4..8].fill(depth as u8 / 4);
             // SAFETY: an `Amx` exists only where detection found AMX and the operating system granted its tiles; the

@@ -5,11 +5,17 @@ use std::arch::x86_64::*;
 use super::vectors::Vectors;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
-/// Proof of AVX-512 F, BW, DQ, VL and VNNI.
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI. Codes are fetched ahead where a vector of them has more than `LATE` products.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const LATE: usize>(());
 
-impl Avx512 {
+/// Of Intel's CPUs one that waits for memory begins the next reads itself too late.
+pub(super) type Intel = Avx512<0>;
+
+/// Others follow one stream as fast as memory answers.
+pub(super) type Others = Avx512<4>;
+
+impl<const LATE: usize> Avx512<LATE> {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
         matches!(isa.level(), Level::Avx512 | Level::Amx).then_some(Self(()))
@@ -17,7 +23,7 @@ impl Avx512 {
 }
 
 // SAFETY of all blocks: `self` proves the features, and an array reference may be read at its whole length.
-impl Vectors for Avx512 {
+impl<const FROM: usize> Vectors for Avx512<FROM> {
     type Codes = __m512i;
     type Quad = __m512i;
     type Sum = __m512i;
@@ -29,7 +35,7 @@ impl Vectors for Avx512 {
     const PANELS: usize = 4;
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
-    const LATE: usize = 4;
+    const LATE: usize = FROM;
     const WAITING: usize = 0;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {

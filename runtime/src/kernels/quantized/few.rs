@@ -1,9 +1,9 @@
 //! The product for few tokens, which memory bounds.
 //!
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
-//! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512
+//! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512 on Zen 4
 //! and one or two tokens, several streams at a time and software prefetches were slower. With more instructions between
-//! them ([`Vectors::LATE`]) codes are fetched ahead; where memory is waited for all the same ([`Vectors::WAITING`]), some
+//! them, or on Intel's CPUs ([`Vectors::LATE`]), codes are fetched ahead; where memory is waited for all the same ([`Vectors::WAITING`]), some
 //! panels far from each other pass by side by side, which it answers sooner. Each load is followed by its products: where
 //! loads stand together, the core finds fewer of the next misses early.
 

@@ -71,12 +71,14 @@ impl Product<'_> {
         let _ = shapes;
         #[cfg(target_arch = "x86_64")]
         if dtype == KvDtype::Bf16 {
-            // SAFETY of all: an `Isa` of this level, or that says so, exists only where detection found the features.
             if isa.level() == Level::Amx && self.c.len() / self.stride >= TILED {
+                // SAFETY: an `Isa` of this level exists only where detection found it.
                 return unsafe { amx::product(self, shapes) };
             } else if isa.has_bf16() {
+                // SAFETY: an `Isa` says this only where detection found the features.
                 return unsafe { avx512::product(self) };
             } else if matches!(isa.level(), Level::Avx2 | Level::AvxVnni) {
+                // SAFETY: as of AMX.
                 return unsafe { avx2::product(self) };
             }
         }
