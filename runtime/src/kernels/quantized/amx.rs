@@ -8,19 +8,20 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use qbin_format::{QuantizedView, TILE_ROWS};
+use qbin_format::TILE_ROWS;
 
 use super::Product;
 use super::blocks::parts;
 use super::panel::{Panel, VECTOR};
 use crate::kernels::activations::{BLOCK, Group, TILE, Tiles as Arranged};
-use crate::kernels::ahead::{self, AHEAD};
 use crate::kernels::isa::{Isa, Vectorized};
 
 /// Columns that are unpacked at a time: two panels of them take 64 KiB.
 const COLS: usize = 2048;
 /// Columns of the smallest group.
 const SMALLEST: usize = 32;
+/// Rows of the result that are fetched before they are written: the third cache is far away from this CPU's core.
+const AHEAD: usize = 16;
 /// Panels whose results wait for the next columns, where there are more.
 const STRIP: usize = 8;
 
@@ -129,9 +130,6 @@ fn multiply<T: Tiles>(
                     if groups.start == 0 {
                         isa.run(Clear(y));
                     }
-                    if block == 0 {
-                        fetch_next(product.w, pair, &groups, x.group());
-                    }
                     let (a, a_groups) = arranged.groups(block, groups.clone());
                     let operands = Operands {
                         a,
@@ -152,15 +150,6 @@ fn multiply<T: Tiles>(
                 }
             }
         }
-    }
-}
-
-/// Starts to bring the codes that are unpacked next into the second cache.
-fn fetch_next(w: &QuantizedView, [_, last]: [usize; 2], groups: &Range<usize>, columns: usize) {
-    for panel in last + 1..(last + 3).min(w.rows.div_ceil(TILE_ROWS)) {
-        let bytes = columns * TILE_ROWS * usize::from(w.scheme.bits) / 8;
-        let codes = Panel::of(w, panel).codes;
-        ahead::fetch(&codes[groups.start * bytes..codes.len().min(groups.end * bytes)]);
     }
 }
 

@@ -10,10 +10,12 @@ use crate::kernels::tile_config::TileConfig;
 /// Rows, and columns, of a tile.
 const TILE: usize = 16;
 
-/// Tiles of sums, of both factors, and of both factors behind the last whole part.
-const SUMS: usize = 0;
-const WHOLE: [usize; 2] = [1, 2];
-const REST: [usize; 2] = [3, 4];
+/// Tiles whose rows are those of the product: of sums for two tiles of columns, and of the left factor.
+const OF_ROWS: [usize; 4] = [0, 1, LEFT_REST, 2];
+
+/// Tiles behind the last whole part: of the left factor, and two of the right one.
+const LEFT_REST: usize = 5;
+const RIGHT_REST: [usize; 2] = [6, 7];
 
 /// The shapes that the tiles of this thread have, which are set only when they change: rows, and words behind the last whole
 /// part.
@@ -49,20 +51,24 @@ pub(super) unsafe fn product(product: Product, shapes: &mut Shapes) {
         let count = TILE.min(rows - row);
         if shapes.0 != Some([count, rest]) {
             let mut config = TileConfig::WHOLE;
-            config.rows[SUMS] = count as u8;
-            for [left, right] in [WHOLE, REST] {
-                config.rows[left] = count as u8;
-                config.rows[right] = PART as u8;
+            for tile in OF_ROWS {
+                config.rows[tile] = count as u8;
             }
             if rest > 0 {
-                config.row_bytes[REST[0]] = 4 * rest as u16;
-                config.rows[REST[1]] = rest as u8;
+                config.row_bytes[LEFT_REST] = 4 * rest as u16;
+                for tile in RIGHT_REST {
+                    config.rows[tile] = rest as u8;
+                }
             }
             // SAFETY: as the caller says; the instruction reads these 64 bytes.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) }
             shapes.0 = Some([count, rest]);
         }
-        for column in (0..product.columns).step_by(TILE) {
+        for column in (0..product.columns).step_by(2 * TILE) {
+            // Where only one tile of columns is left, it is computed twice.
+            let second = (column + TILE).min(product.columns - TILE);
+            let places = [column, second].map(|column| b.as_ptr().wrapping_add(column));
+            let c = product.c.as_mut_ptr().wrapping_add(row * stride);
             // SAFETY: as the caller says. Rows, words and columns of the configured tiles are inside the slices, as checked
             // above.
             unsafe {
@@ -70,38 +76,49 @@ pub(super) unsafe fn product(product: Product, shapes: &mut Shapes) {
                     "test {replace:e}, {replace:e}",
                     "jz 2f",
                     "tilezero tmm0",
+                    "tilezero tmm1",
                     "jmp 3f",
                     "2:",
-                    "tileloadd tmm0, [{c} + {stride}]",
+                    "tileloadd tmm0, [{c0} + {stride}]",
+                    "tileloadd tmm1, [{c1} + {stride}]",
                     "3:",
                     "test {parts}, {parts}",
                     "jz 5f",
                     "4:",
-                    "tileloadd tmm1, [{a} + {a_stride}]",
-                    "tileloadd tmm2, [{b} + {stride}]",
-                    "tdpbf16ps tmm0, tmm1, tmm2",
+                    "tileloadd tmm2, [{a} + {a_stride}]",
+                    "tileloadd tmm3, [{b0} + {stride}]",
+                    "tdpbf16ps tmm0, tmm2, tmm3",
+                    "tileloadd tmm4, [{b1} + {stride}]",
+                    "tdpbf16ps tmm1, tmm2, tmm4",
                     "add {a}, 64",
-                    "add {b}, {b_part}",
+                    "add {b0}, {b_part}",
+                    "add {b1}, {b_part}",
                     "dec {parts}",
                     "jnz 4b",
                     "5:",
                     "test {rest:e}, {rest:e}",
                     "jz 6f",
-                    "tileloadd tmm3, [{a} + {a_stride}]",
-                    "tileloadd tmm4, [{b} + {stride}]",
-                    "tdpbf16ps tmm0, tmm3, tmm4",
+                    "tileloadd tmm5, [{a} + {a_stride}]",
+                    "tileloadd tmm6, [{b0} + {stride}]",
+                    "tdpbf16ps tmm0, tmm5, tmm6",
+                    "tileloadd tmm7, [{b1} + {stride}]",
+                    "tdpbf16ps tmm1, tmm5, tmm7",
                     "6:",
-                    "tilestored [{c} + {stride}], tmm0",
+                    "tilestored [{c0} + {stride}], tmm0",
+                    "tilestored [{c1} + {stride}], tmm1",
                     replace = in(reg) u32::from(product.replace),
                     parts = inout(reg) parts => _,
                     rest = in(reg) rest as u32,
                     a = inout(reg) a.words.as_ptr().wrapping_add(row * a.stride) => _,
                     a_stride = in(reg) 4 * a.stride,
-                    b = inout(reg) b.as_ptr().wrapping_add(column) => _,
+                    b0 = inout(reg) places[0] => _,
+                    b1 = inout(reg) places[1] => _,
                     b_part = in(reg) 4 * PART * stride,
-                    c = in(reg) product.c.as_mut_ptr().wrapping_add(row * stride + column),
+                    c0 = in(reg) c.wrapping_add(column),
+                    c1 = in(reg) c.wrapping_add(second),
                     stride = in(reg) 4 * stride,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
                 );
             }
