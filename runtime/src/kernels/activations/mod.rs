@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod choices;
+#[cfg(any(target_arch = "x86_64", test))]
 mod tiles;
 
 use std::marker::PhantomData;
@@ -65,8 +66,10 @@ pub struct Activations {
     #[cfg(target_arch = "x86_64")]
     choices: OnceLock<Vec<Choices>>,
     /// The codes in tiles, where they were arranged so.
+    #[cfg(any(target_arch = "x86_64", test))]
     tiles: Option<tiles::Tiles>,
     /// Memory for tiles.
+    #[cfg(any(target_arch = "x86_64", test))]
     spare: Option<tiles::Tiles>,
 }
 
@@ -144,7 +147,10 @@ impl Activations {
     fn base(&mut self) -> Bases {
         #[cfg(target_arch = "x86_64")]
         self.choices.take();
-        self.spare = self.tiles.take().or(self.spare.take());
+        #[cfg(any(target_arch = "x86_64", test))]
+        {
+            self.spare = self.tiles.take().or(self.spare.take());
+        }
         Bases {
             cols: self.cols,
             group: self.group,
@@ -202,6 +208,12 @@ impl Activations {
     pub fn sums(&self, token: usize) -> &[i32] {
         &self.sums[token * self.groups()..][..self.groups()]
     }
+}
+
+#[cfg(not(any(target_arch = "x86_64", test)))]
+impl Activations {
+    /// There are no tiles to be arranged in.
+    pub(crate) fn arrange(&mut self, _: Isa, _: &Pool) {}
 }
 
 /// Whether these columns of `cols` are whole groups.
