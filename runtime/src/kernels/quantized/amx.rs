@@ -20,7 +20,7 @@ use crate::kernels::isa::{Isa, Vectorized};
 const COLS: usize = 2048;
 /// Columns of the smallest group.
 const SMALLEST: usize = 32;
-/// Rows of the result that are fetched before they are written: the third cache is far away from this CPU's core.
+/// Rows of the result that are fetched before they are written: the third cache of CPUs with AMX is far from a core.
 const AHEAD: usize = 16;
 /// Panels whose results wait for the next columns, where there are more.
 const STRIP: usize = 8;
