@@ -2,16 +2,17 @@
 //!
 //! Definition, for one query: positions are cut into splits of [`SPLIT`], counted from 0, and a split into pages of
 //! [`PAGE`](crate::kv_cache::PAGE). Over the pages of a split, in order, runs an online softmax (Milakov and Gimelshein,
-//! arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1): with `s` the scores of a page, each a
-//! chain of FMAs over the channels in the order of their words,
+//! arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1): with `s` the scores of a page,
+//! sums over the channels,
 //!
 //! ```text
 //! m' = max(m, max s);  c = exp(m − m') (1 if m' = m);  p = exp(s − m'), 0 where s < m' − 38, or s = −∞: where the query must not look
-//! l = l·c + Σp in 16 lanes, p_j in lane j mod 16, j in order;  acc = fma(p_j, v_j, acc·c), j in the order of the words
+//! l = l·c + Σp in 16 lanes, p_j in lane j mod 16, j in order;  acc = acc·c + Σ p_j v_j
 //! ```
 //!
-//! `acc·c` below 2⁻¹⁰⁰ is 0. Where the cache holds bf16, `q`, `k`, `p` and `v` are rounded to it and sums stay in f32; what was
-//! said of multiples of 2⁻¹²⁶ in [`bf16`](super::bf16) then holds for `acc`, too. Splits are merged in order in the same way; the
+//! in which `product` says in what order sums over channels and positions are taken. `acc·c` below 2⁻¹⁰⁰ is 0. Where the cache
+//! holds bf16, `q`, `k`, `p` and `v` are rounded to it and sums stay in f32; what was said of multiples of 2⁻¹²⁶ in
+//! [`bf16`](super::bf16) then holds for `acc`, too. Splits are merged in order in the same way; the
 //! lanes of `l` are added, in order, only at the end. Nothing of this depends on which queries are computed together, so a
 //! result has the same bits for every batch, thread count and instruction set. Pages in which a query sees nothing do
 //! not change its state, so it does not matter whether they are visited.

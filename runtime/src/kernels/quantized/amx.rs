@@ -310,29 +310,44 @@ mod instructions {
         (none, $r:literal) => {
             ""
         };
-        (plain, $r:literal) => {
+        ($kind:ident, $r:literal) => {
             concat!(
                 "vbroadcastss zmm4, dword ptr [{a_groups} - 128 + 4*",
                 $r,
                 "]\n",
                 "vmulps zmm5, zmm4, zmm0\n",
                 "vmulps zmm6, zmm4, zmm1\n",
+                convert!($kind, $r),
+                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 64*",
+                $r,
+                "]\n",
+                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 1024 + 64*",
+                $r,
+                "]\n",
+                "vmovaps zmmword ptr [{y} + 64*",
+                $r,
+                "], zmm7\n",
+                "vmovaps zmmword ptr [{y} + 1024 + 64*",
+                $r,
+                "], zmm8\n",
+            )
+        };
+    }
+
+    /// A token's sums in f32, less what its codes are still off.
+    macro_rules! convert {
+        (plain, $r:literal) => {
+            concat!(
                 "vcvtdq2ps zmm7, zmmword ptr [{sums} + 64*",
                 $r,
                 "]\n",
                 "vcvtdq2ps zmm8, zmmword ptr [{sums} + 1024 + 64*",
                 $r,
                 "]\n",
-                add!($r),
             )
         };
         (offsets, $r:literal) => {
             concat!(
-                "vbroadcastss zmm4, dword ptr [{a_groups} - 128 + 4*",
-                $r,
-                "]\n",
-                "vmulps zmm5, zmm4, zmm0\n",
-                "vmulps zmm6, zmm4, zmm1\n",
                 "vmovdqa32 zmm7, zmmword ptr [{sums} + 64*",
                 $r,
                 "]\n",
@@ -346,27 +361,6 @@ mod instructions {
                 "vpdpwssd zmm8, zmm3, zmm4\n",
                 "vcvtdq2ps zmm7, zmm7\n",
                 "vcvtdq2ps zmm8, zmm8\n",
-                add!($r),
-            )
-        };
-    }
-
-    /// Adds a token's scaled sums to the result.
-    macro_rules! add {
-        ($r:literal) => {
-            concat!(
-                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 64*",
-                $r,
-                "]\n",
-                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 1024 + 64*",
-                $r,
-                "]\n",
-                "vmovaps zmmword ptr [{y} + 64*",
-                $r,
-                "], zmm7\n",
-                "vmovaps zmmword ptr [{y} + 1024 + 64*",
-                $r,
-                "], zmm8\n",
             )
         };
     }

@@ -2,7 +2,7 @@
 //!
 //! Operands are words of a cache's type ([`KvDtype`]). Of f32, each element of a product is one chain of fused multiply-adds over
 //! the words in order. Of bf16, every 16 words are a part: a chain over their early terms and one over their late terms begin with
-//! zero; their sum is added to the element. This is the order of `tdpbf16ps` (see [`bf16`](crate::kernels::bf16)).
+//! zero; their sum is added to the element (0 at first where it is replaced). This is the order of `tdpbf16ps` (see [`bf16`](crate::kernels::bf16)).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
