@@ -268,6 +268,7 @@ impl<D: Dot> Vectors for Halves<D> {
     const SUMS: usize = D::SUMS;
     const LATE: usize = 0;
     const WAITING: usize = 2;
+    const AHEAD: usize = 512;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         self.0.run(work)

@@ -5,17 +5,17 @@ use std::arch::x86_64::*;
 use super::vectors::Vectors;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
-/// Proof of AVX-512 F, BW, DQ, VL and VNNI. Codes are fetched ahead where a vector of them has more than `LATE` products.
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI, of one of Intel's CPUs or another.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const LATE: usize>(());
+pub(super) struct Avx512<const INTEL: bool>(());
 
-/// Of Intel's CPUs one that waits for memory begins the next reads itself too late.
-pub(super) type Intel = Avx512<0>;
+/// A core that waits for memory begins the next reads itself too late, and has more of them in four streams.
+pub(super) type Intel = Avx512<true>;
 
-/// Others follow one stream as fast as memory answers.
-pub(super) type Others = Avx512<4>;
+/// A core follows one stream as fast as memory answers.
+pub(super) type Others = Avx512<false>;
 
-impl<const LATE: usize> Avx512<LATE> {
+impl<const INTEL: bool> Avx512<INTEL> {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
         matches!(isa.level(), Level::Avx512 | Level::Amx).then_some(Self(()))
@@ -23,7 +23,7 @@ impl<const LATE: usize> Avx512<LATE> {
 }
 
 // SAFETY of all blocks: `self` proves the features, and an array reference may be read at its whole length.
-impl<const FROM: usize> Vectors for Avx512<FROM> {
+impl<const INTEL: bool> Vectors for Avx512<INTEL> {
     type Codes = __m512i;
     type Quad = __m512i;
     type Sum = __m512i;
@@ -35,8 +35,9 @@ impl<const FROM: usize> Vectors for Avx512<FROM> {
     const PANELS: usize = 4;
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
-    const LATE: usize = FROM;
-    const WAITING: usize = 0;
+    const LATE: usize = if INTEL { 0 } else { 4 };
+    const WAITING: usize = if INTEL { 4 } else { 0 };
+    const AHEAD: usize = 2048;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         /// # Safety

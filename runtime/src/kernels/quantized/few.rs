@@ -3,8 +3,8 @@
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
 //! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512 on Zen 4
 //! and one or two tokens, several streams at a time and software prefetches were slower. With more instructions between
-//! them, or on Intel's CPUs ([`Vectors::LATE`]), codes are fetched ahead; where memory is waited for all the same ([`Vectors::WAITING`]), some
-//! panels far from each other pass by side by side, which it answers sooner. Each load is followed by its products: where
+//! them, or on Intel's CPUs ([`Vectors::LATE`]), codes are fetched ahead; where memory is waited for all the same
+//! ([`Vectors::WAITING`]), some panels far from each other pass by side by side, which it answers sooner. Each load is followed by its products: where
 //! loads stand together, the core finds fewer of the next misses early.
 
 use std::ops::Range;
@@ -26,7 +26,7 @@ pub(super) const TOKENS: usize = 4;
 /// Panels side by side where [`Vectors::WAITING`] says so.
 const STREAMS: usize = 4;
 
-/// How far ahead codes are fetched, in bytes of all panels that pass, where [`Vectors::LATE`] says so.
+/// How far ahead codes of one panel at a time are fetched, in bytes, where [`Vectors::LATE`] says so.
 const AHEAD: usize = 2048;
 
 /// Computes a product.
@@ -166,6 +166,7 @@ fn sums_of<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
     codes: [&[[u8; BYTES]]; P],
     activations: [&[[i8; STEP]]; T],
 ) -> [[V::Int; T]; P] {
+    let ahead = if P == 1 { AHEAD } else { V::AHEAD };
     let mut sums = [[[v.splat(0); T]; 2]; P];
     for p in 0..P {
         for t in 0..T {
@@ -178,7 +179,7 @@ fn sums_of<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
             a[t] = activations[t][step].as_chunks::<4>().0;
         }
         for p in 0..P {
-            sums[p] = with_step(v, sums[p], &codes[p][step], a, AHEAD / P);
+            sums[p] = with_step(v, sums[p], &codes[p][step], a, ahead);
         }
     }
     let mut totals = [[v.splat(0); T]; P];

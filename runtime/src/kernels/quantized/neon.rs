@@ -76,6 +76,7 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
     const SUMS: usize = Self::PANELS * Self::TOKENS;
     const LATE: usize = 4;
     const WAITING: usize = 0;
+    const AHEAD: usize = 0;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: as above.

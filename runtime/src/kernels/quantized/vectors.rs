@@ -29,6 +29,8 @@ pub(super) trait Vectors: Copy {
     /// Products of one vector's codes up to which a core waits for memory so much that several panels are to pass side by
     /// side.
     const WAITING: usize;
+    /// How far ahead codes of such panels are fetched, in bytes of each.
+    const AHEAD: usize;
 
     /// Runs work compiled for these instructions.
     fn run<W: Vectorized>(self, work: W) -> W::Output;
