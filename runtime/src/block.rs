@@ -291,12 +291,15 @@ impl<'m> Block<'m> {
             |_, chunk, mut piece| {
                 let rows = &chunks[chunk];
                 let width = rows.len();
-                with_own(2 * tokens * width, |both| {
-                    let (gates, ups) = both.split_at_mut(tokens * width);
-                    gate.rows(cpu, &input, rows.clone(), &mut Columns::whole(gates, width));
-                    up.rows(cpu, &input, rows.clone(), &mut Columns::whole(ups, width));
-                    let pairs = gates.chunks_exact(width).zip(ups.chunks_exact(width));
-                    for (token, (gate, up)) in pairs.enumerate() {
+                let room = Columns::room(tokens, width);
+                with_own(2 * room, |both| {
+                    let (gates, ups) = both.split_at_mut(room);
+                    let [mut gates, mut ups] =
+                        [gates, ups].map(|room| Columns::in_room(room, tokens, width));
+                    gate.rows(cpu, &input, rows.clone(), &mut gates);
+                    up.rows(cpu, &input, rows.clone(), &mut ups);
+                    for token in 0..tokens {
+                        let (gate, up) = (gates.row(token), ups.row(token));
                         piece.row(cpu.isa, token, |out| {
                             elementwise::silu_times(cpu.isa, gate, up, out);
                         });

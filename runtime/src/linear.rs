@@ -80,10 +80,10 @@ impl Linear<'_> {
         let ranges = self.chunks(cpu, input.tokens());
         cpu.pool.columns(y, self.rows, &ranges, |chunk, mut y| {
             let width = y.width();
-            with_own(tokens * width, |sums| {
-                let mut columns = Columns::whole(sums, width);
-                self.rows(cpu, input, ranges[chunk].clone(), &mut columns);
-                elementwise::add_rows(cpu.isa, &mut y, sums);
+            with_own(Columns::room(tokens, width), |room| {
+                let mut sums = Columns::in_room(room, tokens, width);
+                self.rows(cpu, input, ranges[chunk].clone(), &mut sums);
+                elementwise::add_columns(cpu.isa, &mut y, &mut sums);
             });
         });
     }

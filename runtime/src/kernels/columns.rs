@@ -3,6 +3,13 @@
 use super::ahead::{LINE, fetch_near};
 use std::marker::PhantomData;
 
+/// Most columns of a part that has a room of its own.
+pub(super) const WIDTH: usize = 128;
+/// Values from row to row in such a room: a line more than the columns, so that rows lie in all sets of a cache.
+pub(super) const PITCH: usize = WIDTH + 16;
+/// Rows that it is a multiple of.
+const ROWS: usize = 16;
+
 /// Neighbouring columns of a row-major matrix, to be written by one thread while others write its other columns.
 #[derive(Debug)]
 pub struct Columns<'a> {
@@ -10,6 +17,8 @@ pub struct Columns<'a> {
     rows: usize,
     width: usize,
     stride: usize,
+    /// Whether they are in a room of their own: whole rows of it, up to a multiple of 16 of them, may be overwritten.
+    own: bool,
     _data: PhantomData<&'a mut [f32]>,
 }
 
@@ -25,7 +34,35 @@ impl<'a> Columns<'a> {
             rows: data.len() / width,
             width,
             stride: width,
+            own: false,
             _data: PhantomData,
+        }
+    }
+
+    /// Values that a room for these columns has.
+    pub(crate) fn room(rows: usize, width: usize) -> usize {
+        match width <= WIDTH {
+            true => rows.next_multiple_of(ROWS) * PITCH,
+            false => rows * width,
+        }
+    }
+
+    /// Columns in a room of their own, where not only they may be overwritten, if they are few.
+    ///
+    /// # Panics
+    /// If the room has not as many values as [`Self::room`] says, or `width` is 0.
+    pub(crate) fn in_room(data: &'a mut [f32], rows: usize, width: usize) -> Self {
+        assert_eq!(data.len(), Self::room(rows, width), "values of a room");
+        match width <= WIDTH {
+            true => Self {
+                first: data.as_mut_ptr(),
+                rows,
+                width,
+                stride: PITCH,
+                own: true,
+                _data: PhantomData,
+            },
+            false => Self::whole(data, width),
         }
     }
 
@@ -39,8 +76,14 @@ impl<'a> Columns<'a> {
             rows,
             width,
             stride,
+            own: false,
             _data: PhantomData,
         }
+    }
+
+    /// Whether they are in a room of their own.
+    pub(super) fn own(&self) -> bool {
+        self.own
     }
 
     /// Rows of the matrix.

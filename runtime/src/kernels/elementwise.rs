@@ -80,30 +80,31 @@ impl Vectorized for Add<'_> {
     }
 }
 
-/// `x += y`, with `y[rows, width]` behind each other.
+/// `x += y`.
 ///
 /// # Panics
-/// If `y` has other rows.
-pub(crate) fn add_rows(isa: Isa, x: &mut Columns<'_>, y: &[f32]) {
-    assert_eq!(y.len(), x.rows() * x.width(), "rows to add");
-    isa.run(AddRows { x, y });
+/// If they have different shapes.
+pub(crate) fn add_columns(isa: Isa, x: &mut Columns<'_>, y: &mut Columns<'_>) {
+    assert_eq!([x.rows(), x.width()], [y.rows(), y.width()]);
+    isa.run(AddColumns { x, y });
 }
 
-struct AddRows<'c, 'a> {
-    x: &'c mut Columns<'a>,
-    y: &'c [f32],
+struct AddColumns<'c, 'x, 'y> {
+    x: &'c mut Columns<'x>,
+    y: &'c mut Columns<'y>,
 }
 
-impl Vectorized for AddRows<'_, '_> {
+impl Vectorized for AddColumns<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
         let Self { x, y } = self;
-        for (row, y) in y.chunks_exact(x.width()).enumerate() {
+        for row in 0..x.rows() {
             // Rows are far apart, so that the core does not see the next ones coming.
             x.fetch(row + AHEAD);
-            Add { x: x.row(row), y }.run();
+            let (x, y) = (x.row(row), y.row(row));
+            Add { x, y }.run();
         }
     }
 }

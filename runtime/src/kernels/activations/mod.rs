@@ -56,7 +56,7 @@ pub struct Activations {
     cols: usize,
     /// Columns of a group; the last one may be short.
     group: usize,
-    /// `[tokens, cols padded to 64]`, padding 0.
+    /// `[tokens, cols padded to 64]`, padding 0; as the following, with room left behind it.
     codes: Vec<i8>,
     /// `[tokens, groups]`.
     scales: Vec<f32>,
@@ -103,9 +103,10 @@ impl Activations {
         self.tokens = tokens;
         self.cols = cols;
         self.group = activation_group(scheme, cols);
-        self.codes.resize(tokens * self.stride(), 0);
-        self.scales.resize(tokens * self.groups(), 0.0);
-        self.sums.resize(tokens * self.groups(), 0);
+        let (codes, groups) = (tokens * self.stride(), tokens * self.groups());
+        grow(&mut self.codes, codes);
+        grow(&mut self.scales, groups);
+        grow(&mut self.sums, groups);
     }
 
     /// All of them, to be filled.
@@ -214,6 +215,11 @@ impl Activations {
 impl Activations {
     /// There are no tiles to be arranged in.
     pub(crate) fn arrange(&mut self, _: Isa, _: &Pool) {}
+}
+
+/// Makes them at least `len`: what is longer is left, so that nothing is zeroed again when they grow again.
+fn grow<T: Clone + Default>(values: &mut Vec<T>, len: usize) {
+    values.resize(values.len().max(len), T::default());
 }
 
 /// Whether these columns of `cols` are whole groups.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use qbin_format::TILE_COLS;
 
-use super::Activations;
+use super::{Activations, grow};
 use crate::kernels::isa::{Isa, Level, Vectorized};
 use crate::kernels::pool::Pool;
 
@@ -110,14 +110,9 @@ impl Activations {
         tiles.in_row = self.groups();
         let lines = tiles.lines();
         let (of_tile, of_block) = (tiles.in_row * lines, BLOCK * tiles.in_row);
-        // What they hold is overwritten, and what they are longer is left.
         let (all_lines, all_groups) = (tiles.count * of_tile, tiles.count * tiles.in_row);
-        tiles
-            .codes
-            .resize(tiles.codes.len().max(all_lines), Line::default());
-        tiles
-            .groups
-            .resize(tiles.groups.len().max(all_groups), Group::default());
+        grow(&mut tiles.codes, all_lines);
+        grow(&mut tiles.groups, all_groups);
         let (depth, x) = (tiles.depth, &*self);
         pool.parts(
             &mut tiles.codes[..all_lines],

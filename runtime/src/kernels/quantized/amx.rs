@@ -8,12 +8,14 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use qbin_format::TILE_ROWS;
+use qbin_format::{QuantizedView, TILE_ROWS};
 
 use super::Product;
 use super::blocks::parts;
+use super::output::{Line, Panels, Rows};
 use super::panel::{Panel, VECTOR};
-use crate::kernels::activations::{BLOCK, Group, TILE, Tiles as Arranged};
+use crate::kernels::activations::{Activations, BLOCK, Group, TILE, Tiles as Arranged};
+use crate::kernels::columns::{PITCH, WIDTH};
 use crate::kernels::isa::{Isa, Vectorized};
 
 /// Columns that are unpacked at a time: two panels of them take 64 KiB.
@@ -22,13 +24,8 @@ const COLS: usize = 2048;
 const SMALLEST: usize = 32;
 /// Rows of the result that are fetched before they are written: the third cache of CPUs with AMX is far from a core.
 const AHEAD: usize = 16;
-/// Panels whose results wait for the next columns, where there are more.
-const STRIP: usize = 8;
-
-/// Values for 16 tokens and two panels, `[panel, token, row]`.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Values<T>(pub(super) [[[T; TILE_ROWS]; TILE]; 2]);
+/// Panels whose results have a place in a row of them.
+const STRIP: usize = WIDTH / TILE_ROWS;
 
 /// What belongs to the codes of a group of two panels, `[panel][row]`.
 #[derive(Clone, Copy)]
@@ -53,16 +50,20 @@ pub(super) struct Operands<'a> {
     pub(super) offsets: bool,
 }
 
+/// Room for the sums of a tile, `[panel, token, row]`.
+#[repr(C, align(2048))]
+pub(super) struct Sums([[[i32; TILE_ROWS]; TILE]; 2]);
+
 /// The instructions. A value of an implementation is the proof that they may be executed.
 pub(super) trait Tiles {
     /// Prepares for groups of so many `steps` of `depth` columns.
     fn configure(&mut self, depth: usize, steps: usize);
 
-    /// Adds the product, group after group, to `y`, one for each tile; `sums` is room.
+    /// Adds the product, group after group, to the rows of `y`; `sums` is room.
     ///
     /// # Panics
     /// If an operand is too short.
-    fn multiply(&mut self, operands: Operands, sums: &mut Values<i32>, y: &mut [Values<f32>]);
+    fn multiply(&mut self, operands: Operands, sums: &mut Sums, y: &mut Rows<'_>);
 
     /// Gives the tiles back, so that a switch of threads need not save them.
     fn release(&mut self);
@@ -76,77 +77,87 @@ thread_local! {
 #[derive(Default)]
 struct Room {
     weights: Vec<Weights>,
-    results: Vec<Results>,
+    results: Vec<Line>,
 }
-
-/// The results of two panels for a block of tokens.
-#[derive(Clone, Copy)]
-#[repr(C, align(4096))]
-struct Results([Values<f32>; BLOCK]);
 
 /// Computes a product with activations `arranged`, with vector instructions of `isa` beside the tiles.
 pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, arranged: &Arranged, mut product: Product) {
     tiles.configure(arranged.depth, arranged.steps);
-    ROOM.with_borrow_mut(|room| multiply(isa, &mut tiles, arranged, &mut product, room));
+    ROOM.with_borrow_mut(|Room { weights, results }| {
+        weights.resize(1, Weights::EMPTY);
+        let panels = product.panels.clone();
+        for start in panels.clone().step_by(STRIP) {
+            let strip = start..panels.end.min(start + STRIP);
+            let mut strip = Strip {
+                isa,
+                arranged,
+                w: product.w,
+                x: product.x,
+                panels: strip,
+                weights: &mut weights[0],
+            };
+            let tokens = product.x.tokens();
+            match product.out.spacious(strip.panels.clone()) {
+                Some(mut y) => strip.multiply(&mut tiles, &mut y),
+                None => {
+                    let mut y = Rows::of(results, tokens);
+                    strip.multiply(&mut tiles, &mut y);
+                    let (out, panels) = (&mut product.out, strip.panels);
+                    isa.run(Write {
+                        out,
+                        tokens,
+                        panels,
+                        y,
+                    });
+                }
+            }
+        }
+    });
     tiles.release();
 }
 
-fn multiply<T: Tiles>(
+/// Some panels, for which all tokens pass by.
+struct Strip<'a> {
     isa: Isa,
-    tiles: &mut T,
-    arranged: &Arranged,
-    product: &mut Product,
-    room: &mut Room,
-) {
-    let x = product.x;
-    let at_once = COLS / x.group();
-    let strip = match x.groups() <= at_once {
-        true => 2,
-        false => STRIP,
-    };
-    let Room { weights, results } = room;
-    weights.resize(1, Weights::EMPTY);
-    let weights = &mut weights[0];
-    let count = strip / 2 * arranged.blocks();
-    results.resize(
-        results.len().max(count),
-        Results([Values([[[0.0; TILE_ROWS]; TILE]; 2]); BLOCK]),
-    );
-    let mut sums = Values([[[0; TILE_ROWS]; TILE]; 2]);
-    let panels = product.panels.clone();
-    for start in panels.clone().step_by(strip) {
-        let strip = start..panels.end.min(start + strip);
-        for groups in parts(0..x.groups(), at_once) {
-            let mut results = results.iter_mut();
-            for first in strip.clone().step_by(2) {
-                let pair = [first, (first + 1).min(strip.end - 1)];
+    arranged: &'a Arranged,
+    w: &'a QuantizedView<'a>,
+    x: &'a Activations,
+    panels: Range<usize>,
+    weights: &'a mut Weights,
+}
+
+impl Strip<'_> {
+    /// Writes the product to `y`.
+    fn multiply<T: Tiles>(&mut self, tiles: &mut T, y: &mut Rows<'_>) {
+        let Self {
+            isa, arranged, x, ..
+        } = *self;
+        let mut sums = Sums([[[0; TILE_ROWS]; TILE]; 2]);
+        for groups in parts(0..x.groups(), COLS / x.group()) {
+            for (pair, first) in self.panels.clone().step_by(2).enumerate() {
                 isa.run(Unpack {
-                    product,
-                    pair,
+                    w: self.w,
+                    x,
+                    pair: [first, (first + 1).min(self.panels.end - 1)],
                     groups: groups.clone(),
-                    weights,
+                    weights: self.weights,
                 });
-                for (block, Results(y)) in (0..arranged.blocks()).zip(&mut results) {
-                    if groups.start == 0 {
-                        isa.run(Clear(y));
-                    }
+                for block in 0..arranged.blocks() {
                     let (a, a_groups) = arranged.groups(block, groups.clone());
+                    let rows = block * BLOCK * TILE
+                        ..(block * BLOCK + a_groups.len() / groups.len()) * TILE;
+                    let mut y = y.pair(rows, pair);
+                    if groups.start == 0 {
+                        isa.run(Clear(&mut y));
+                    }
                     let operands = Operands {
                         a,
                         a_groups,
-                        b: weights.codes.as_flattened(),
-                        b_groups: &weights.groups[..groups.len()],
-                        offsets: weights.offsets,
+                        b: self.weights.codes.as_flattened(),
+                        b_groups: &self.weights.groups[..groups.len()],
+                        offsets: self.weights.offsets,
                     };
-                    tiles.multiply(operands, &mut sums, &mut y[..a_groups.len() / groups.len()]);
-                    if groups.end == x.groups() {
-                        isa.run(Write {
-                            product,
-                            pair,
-                            block,
-                            y,
-                        });
-                    }
+                    tiles.multiply(operands, &mut sums, &mut y);
                 }
             }
         }
@@ -154,27 +165,25 @@ fn multiply<T: Tiles>(
 }
 
 /// Begins with zeros.
-struct Clear<'a>(&'a mut [Values<f32>; BLOCK]);
+struct Clear<'a, 'y>(&'a mut Rows<'y>);
 
-impl Vectorized for Clear<'_> {
+impl Vectorized for Clear<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        for Values(y) in self.0 {
-            y.as_flattened_mut()
-                .iter_mut()
-                .for_each(|y| *y = [0.0; TILE_ROWS]);
+        for row in 0..self.0.rows() {
+            *self.0.row(row) = [[0.0; TILE_ROWS]; 2];
         }
     }
 }
 
-/// Hands over the results of two panels for a block of tokens.
-struct Write<'a, 'p, 'o> {
-    product: &'a mut Product<'p, 'o>,
-    pair: [usize; 2],
-    block: usize,
-    y: &'a [Values<f32>; BLOCK],
+/// Hands over the results of some panels.
+struct Write<'a, 'o, 'y> {
+    out: &'a mut Panels<'o>,
+    tokens: usize,
+    panels: Range<usize>,
+    y: Rows<'y>,
 }
 
 impl Vectorized for Write<'_, '_, '_> {
@@ -182,18 +191,20 @@ impl Vectorized for Write<'_, '_, '_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { product, pair, .. } = self;
-        let tokens = self.block * BLOCK * TILE..product.x.tokens();
-        for (tile, Values(y)) in tokens.clone().step_by(TILE).zip(self.y) {
-            for (row, token) in (tile..tokens.end.min(tile + TILE)).enumerate() {
+        let Self {
+            out,
+            tokens,
+            panels,
+            mut y,
+        } = self;
+        for token in 0..tokens {
+            for (panel, pair) in panels.clone().zip((0..).flat_map(|pair| [pair; 2])) {
                 // Rows are far apart, and stores that wait for their lines would hold up all that follow.
-                if token + AHEAD < tokens.end {
-                    pair.iter()
-                        .for_each(|&panel| product.out.fetch(token + AHEAD, panel));
+                if token + AHEAD < tokens {
+                    out.fetch(token + AHEAD, panel);
                 }
-                for (&panel, y) in pair.iter().zip(y) {
-                    product.out.write(token, panel, &y[row]);
-                }
+                let values = y.pair(token..token + 1, pair).row(0)[(panel - panels.start) % 2];
+                out.write(token, panel, &values);
             }
         }
     }
@@ -223,7 +234,8 @@ impl Weights {
 
 /// Fills [`Weights`].
 struct Unpack<'a> {
-    product: &'a Product<'a, 'a>,
+    w: &'a QuantizedView<'a>,
+    x: &'a Activations,
     pair: [usize; 2],
     groups: Range<usize>,
     weights: &'a mut Weights,
@@ -234,7 +246,7 @@ impl Vectorized for Unpack<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let Product { w, x, .. } = self.product;
+        let Self { w, x, .. } = self;
         let quads = x.group() / 4;
         let bits = w.scheme.bits;
         // A code of 8 bits less any zero point is no byte.
@@ -288,7 +300,7 @@ mod instructions {
 
     use std::arch::asm;
 
-    use super::{Group, Operands, Scales, TILE, Tiles, VECTOR, Values};
+    use super::{Group, Operands, PITCH, Rows, Scales, Sums, TILE, Tiles, VECTOR};
     use crate::kernels::isa::{Isa, Level};
     use crate::kernels::tile_config::TileConfig;
 
@@ -318,16 +330,16 @@ mod instructions {
                 "vmulps zmm5, zmm4, zmm0\n",
                 "vmulps zmm6, zmm4, zmm1\n",
                 convert!($kind, $r),
-                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 64*",
+                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 576*",
                 $r,
                 "]\n",
-                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 1024 + 64*",
+                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 64 + 576*",
                 $r,
                 "]\n",
-                "vmovaps zmmword ptr [{y} + 64*",
+                "vmovaps zmmword ptr [{y} + 576*",
                 $r,
                 "], zmm7\n",
-                "vmovaps zmmword ptr [{y} + 1024 + 64*",
+                "vmovaps zmmword ptr [{y} + 64 + 576*",
                 $r,
                 "], zmm8\n",
             )
@@ -477,7 +489,7 @@ mod instructions {
                 "3:",
                 tile!($kind, $steps),
                 next!($steps, $tile),
-                "add {y}, 2048",
+                "add {y}, 16*576",
                 "dec {left}",
                 "jnz 3b",
                 "4:",
@@ -501,7 +513,7 @@ mod instructions {
                 b = inout(reg) $x.b.as_ptr() => _,
                 b_groups = inout(reg) $x.b_groups.as_ptr() => _,
                 groups = inout(reg) $x.b_groups.len() => _,
-                tiles = in(reg) $y.len(),
+                tiles = in(reg) $y.rows() / TILE,
                 left = out(reg) _,
                 first = in(reg) $y.as_mut_ptr(),
                 y = inout(reg) $y.as_mut_ptr() => _,
@@ -531,9 +543,11 @@ mod instructions {
             (self.depth, self.steps) = (depth, steps);
         }
 
-        fn multiply(&mut self, x: Operands, sums: &mut Values<i32>, y: &mut [Values<f32>]) {
+        fn multiply(&mut self, x: Operands, sums: &mut Sums, y: &mut Rows<'_>) {
             const { assert!(size_of::<Group>() == 128 && size_of::<Scales>() == 256) };
-            let (depth, tiles, groups) = (self.depth, y.len(), x.b_groups.len());
+            const { assert!(size_of::<Sums>() == 2048) };
+            const { assert!(PITCH * size_of::<f32>() == 576) };
+            let (depth, tiles, groups) = (self.depth, y.rows() / TILE, x.b_groups.len());
             let bytes = self.steps * depth * TILE;
             assert!(
                 bytes > 0 && tiles > 0 && groups > 0,
@@ -607,14 +621,14 @@ pub(super) mod tests {
             (self.depth, self.steps) = (depth, steps);
         }
 
-        fn multiply(&mut self, x: Operands, _: &mut Values<i32>, y: &mut [Values<f32>]) {
+        fn multiply(&mut self, x: Operands, _: &mut Sums, y: &mut Rows<'_>) {
             let bytes = self.steps * self.depth * TILE;
-            let tiles = y.len();
+            let tiles = y.rows() / TILE;
             for (group, scales) in x.b_groups.iter().enumerate() {
-                for (tile, Values(y)) in y.iter_mut().enumerate() {
+                for tile in 0..tiles {
                     let a = &x.a[(group * tiles + tile) * bytes..][..bytes];
                     let of_tokens = &x.a_groups[group * tiles + tile];
-                    for (panel, y) in y.iter_mut().enumerate() {
+                    for panel in 0..2 {
                         let b = &x.b[(2 * group + panel) * bytes..][..bytes];
                         let mut sums = [[0; TILE_ROWS]; TILE];
                         for (a, b) in a
@@ -623,7 +637,8 @@ pub(super) mod tests {
                         {
                             self.dot(&mut sums, a, b);
                         }
-                        for (token, (y, sums)) in y.iter_mut().zip(sums).enumerate() {
+                        for (token, sums) in sums.iter().enumerate() {
+                            let y = &mut y.row(tile * TILE + token)[panel];
                             for row in 0..TILE_ROWS {
                                 let offset = i32::from(scales.offsets[panel][row] as u16 as i16);
                                 assert!(x.offsets || offset == 0);

@@ -6,7 +6,12 @@ use std::ops::Range;
 use qbin_format::TILE_ROWS;
 
 use crate::kernels::Columns;
+#[cfg(any(target_arch = "x86_64", test))]
+use crate::kernels::activations::TILE;
 use crate::kernels::ahead::fetch_near;
+use crate::kernels::columns::PITCH;
+#[cfg(any(target_arch = "x86_64", test))]
+use crate::kernels::columns::WIDTH;
 
 /// Some panels of 16 rows of a result, handed out to one thread.
 pub(super) struct Panels<'a> {
@@ -15,6 +20,8 @@ pub(super) struct Panels<'a> {
     tokens: usize,
     /// Rows of the weights.
     rows: Range<usize>,
+    /// Values of each row from the first on that may be overwritten; 0 where others write their columns.
+    spare: usize,
     borrow: PhantomData<&'a mut [f32]>,
 }
 
@@ -31,6 +38,7 @@ impl<'a> Panels<'a> {
             stride: columns.stride(),
             tokens: columns.rows(),
             first: columns.as_mut_ptr(),
+            spare: if columns.own() { PITCH } else { 0 },
             rows,
             borrow: PhantomData,
         }
@@ -51,6 +59,7 @@ impl<'a> Panels<'a> {
         );
         Panels {
             first: self.first.wrapping_add(start - self.rows.start),
+            spare: self.spare.saturating_sub(start - self.rows.start),
             rows: 0..end - start,
             ..*self
         }
@@ -89,6 +98,24 @@ impl<'a> Panels<'a> {
             .zip(self.rows(token, panel))
             .for_each(|(to, from)| *to = *from);
         values
+    }
+
+    /// Some of these panels, at most [`WIDTH`] rows, with what may be overwritten around them.
+    ///
+    /// # Panics
+    /// If one of them is not among these.
+    #[cfg(any(target_arch = "x86_64", test))]
+    #[track_caller]
+    pub(super) fn spacious(&mut self, panels: Range<usize>) -> Option<Rows<'_>> {
+        let row = panels.start * TILE_ROWS;
+        assert!(self.rows.contains(&row) && panels.end <= self.rows.end.div_ceil(TILE_ROWS));
+        let (column, count) = (row - self.rows.start, panels.len().next_multiple_of(2));
+        (column + count * TILE_ROWS <= self.spare).then(|| Rows {
+            first: self.first.wrapping_add(column),
+            rows: self.tokens.next_multiple_of(TILE),
+            panels: count,
+            borrow: PhantomData,
+        })
     }
 
     /// Whether all rows of the panels below this one are there.
@@ -186,5 +213,75 @@ impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
     #[inline(always)]
     pub(super) fn at(&self, t: usize, p: usize) -> *mut f32 {
         self.first.wrapping_add(t * self.stride + p * TILE_ROWS)
+    }
+}
+
+/// A line of results.
+#[cfg(any(target_arch = "x86_64", test))]
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([f32; TILE_ROWS]);
+
+/// Results of whole tiles of tokens, [`PITCH`] values from one token to the next.
+#[cfg(any(target_arch = "x86_64", test))]
+pub(super) struct Rows<'a> {
+    first: *mut f32,
+    rows: usize,
+    /// An even number.
+    panels: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+#[cfg(any(target_arch = "x86_64", test))]
+impl<'a> Rows<'a> {
+    /// Those of [`WIDTH`] rows of the weights, in `room`, which grows as needed.
+    pub(super) fn of(room: &'a mut Vec<Line>, tokens: usize) -> Self {
+        let rows = tokens.next_multiple_of(TILE);
+        let lines = rows * PITCH / TILE_ROWS;
+        room.resize(room.len().max(lines), Line([0.0; TILE_ROWS]));
+        Self {
+            first: room.as_mut_ptr().cast(),
+            rows,
+            panels: WIDTH / TILE_ROWS,
+            borrow: PhantomData,
+        }
+    }
+
+    /// Tokens.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Two panels of some tokens.
+    ///
+    /// # Panics
+    /// If there are no such ones.
+    #[inline(always)]
+    pub(super) fn pair(&mut self, rows: Range<usize>, pair: usize) -> Rows<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows && 2 * pair < self.panels);
+        Rows {
+            first: self
+                .first
+                .wrapping_add(rows.start * PITCH + 2 * pair * TILE_ROWS),
+            rows: rows.len(),
+            panels: 2,
+            borrow: PhantomData,
+        }
+    }
+
+    /// What the first two panels have for a token.
+    ///
+    /// # Panics
+    /// If there is no such token.
+    #[inline(always)]
+    pub(super) fn row(&mut self, row: usize) -> &mut [[f32; TILE_ROWS]; 2] {
+        assert!(row < self.rows && self.panels >= 2);
+        // SAFETY: rows of so many panels are borrowed mutably for this value alone.
+        unsafe { &mut *self.first.add(row * PITCH).cast() }
+    }
+
+    /// The first value. Whole rows of the panels may be touched through it.
+    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.first
     }
 }
