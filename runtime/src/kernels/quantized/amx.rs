@@ -48,6 +48,8 @@ pub(super) struct Operands<'a> {
     pub(super) b_groups: &'a [Scales],
     /// Whether there are offsets that are not 0.
     pub(super) offsets: bool,
+    /// Whether these are the first groups, so that it does not matter what the results are before.
+    pub(super) first: bool,
 }
 
 /// Room for the sums of a tile, `[panel, token, row]`.
@@ -59,7 +61,7 @@ pub(super) trait Tiles {
     /// Prepares for groups of so many `steps` of `depth` columns.
     fn configure(&mut self, depth: usize, steps: usize);
 
-    /// Adds the product, group after group, to the rows of `y`; `sums` is room.
+    /// Adds the product, group after group, to the rows of `y`, or writes it there; `sums` is room.
     ///
     /// # Panics
     /// If an operand is too short.
@@ -147,33 +149,17 @@ impl Strip<'_> {
                     let rows = block * BLOCK * TILE
                         ..(block * BLOCK + a_groups.len() / groups.len()) * TILE;
                     let mut y = y.pair(rows, pair);
-                    if groups.start == 0 {
-                        isa.run(Clear(&mut y));
-                    }
                     let operands = Operands {
                         a,
                         a_groups,
                         b: self.weights.codes.as_flattened(),
                         b_groups: &self.weights.groups[..groups.len()],
                         offsets: self.weights.offsets,
+                        first: groups.start == 0,
                     };
                     tiles.multiply(operands, &mut sums, &mut y);
                 }
             }
-        }
-    }
-}
-
-/// Begins with zeros.
-struct Clear<'a, 'y>(&'a mut Rows<'y>);
-
-impl Vectorized for Clear<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        for row in 0..self.0.rows() {
-            *self.0.row(row) = [[0.0; TILE_ROWS]; 2];
         }
     }
 }
@@ -317,6 +303,12 @@ mod instructions {
         }
     }
 
+    /// What results are before the first group.
+    #[repr(C, align(64))]
+    struct Zeros([[f32; PITCH]; TILE]);
+
+    static ZEROS: Zeros = Zeros([[0.0; PITCH]; TILE]);
+
     /// The sums of one of the 16 tokens before these, scaled and added to the result.
     macro_rules! scale {
         (none, $r:literal) => {
@@ -330,10 +322,10 @@ mod instructions {
                 "vmulps zmm5, zmm4, zmm0\n",
                 "vmulps zmm6, zmm4, zmm1\n",
                 convert!($kind, $r),
-                "vfmadd213ps zmm7, zmm5, zmmword ptr [{y} + 576*",
+                "vfmadd213ps zmm7, zmm5, zmmword ptr [{before} + 576*",
                 $r,
                 "]\n",
-                "vfmadd213ps zmm8, zmm6, zmmword ptr [{y} + 64 + 576*",
+                "vfmadd213ps zmm8, zmm6, zmmword ptr [{before} + 64 + 576*",
                 $r,
                 "]\n",
                 "vmovaps zmmword ptr [{y} + 576*",
@@ -391,11 +383,13 @@ mod instructions {
 
     /// The products of 16 tokens, and meanwhile the sums of those before them.
     macro_rules! tile {
-        ($kind:ident, 1) => {
+        ($kind:ident, 1, $row:literal) => {
             concat!(
                 "tilezero tmm0\n",
                 "tilezero tmm1\n",
-                "tileloadd tmm2, [{a} + {row}]\n",
+                "tileloadd tmm2, [{a} + ",
+                $row,
+                "*{half}]\n",
                 "tdpbssd tmm0, tmm2, tmm4\n",
                 scale_four!($kind, "0" "1" "2" "3"),
                 scale_four!($kind, "4" "5" "6" "7"),
@@ -404,16 +398,20 @@ mod instructions {
                 scale_four!($kind, "12" "13" "14" "15"),
             )
         };
-        ($kind:ident, 2) => {
+        ($kind:ident, 2, $row:literal) => {
             concat!(
                 "tilezero tmm0\n",
                 "tilezero tmm1\n",
-                "tileloadd tmm2, [{a} + {row}]\n",
+                "tileloadd tmm2, [{a} + ",
+                $row,
+                "*{half}]\n",
                 "tdpbssd tmm0, tmm2, tmm4\n",
                 scale_four!($kind, "0" "1" "2" "3"),
                 "tdpbssd tmm1, tmm2, tmm6\n",
                 scale_four!($kind, "4" "5" "6" "7"),
-                "tileloadd tmm3, [{a} + {row} + 1024]\n",
+                "tileloadd tmm3, [{a} + 1024 + ",
+                $row,
+                "*{half}]\n",
                 "tdpbssd tmm0, tmm3, tmm5\n",
                 scale_four!($kind, "8" "9" "10" "11"),
                 "tdpbssd tmm1, tmm3, tmm7\n",
@@ -426,22 +424,22 @@ mod instructions {
     macro_rules! weights {
         (1, $tile:literal) => {
             concat!(
-                "tileloadd tmm4, [{b} + {line}]\n",
-                "tileloadd tmm6, [{b} + {line} + ",
+                "tileloadd tmm4, [{b} + 2*{half}]\n",
+                "tileloadd tmm6, [{b} + 2*{half} + ",
                 $tile,
                 "]\n",
             )
         };
         (2, $tile:literal) => {
             concat!(
-                "tileloadd tmm4, [{b} + {line}]\n",
-                "tileloadd tmm5, [{b} + {line} + ",
+                "tileloadd tmm4, [{b} + 2*{half}]\n",
+                "tileloadd tmm5, [{b} + 2*{half} + ",
                 $tile,
                 "]\n",
-                "tileloadd tmm6, [{b} + {line} + 2*",
+                "tileloadd tmm6, [{b} + 2*{half} + 2*",
                 $tile,
                 "]\n",
-                "tileloadd tmm7, [{b} + {line} + 3*",
+                "tileloadd tmm7, [{b} + 2*{half} + 3*",
                 $tile,
                 "]\n",
             )
@@ -452,8 +450,8 @@ mod instructions {
     macro_rules! next {
         ($steps:literal, $tile:literal) => {
             concat!(
-                "tilestored [{sums} + {line}], tmm0\n",
-                "tilestored [{sums} + {line} + 1024], tmm1\n",
+                "tilestored [{sums} + 2*{half}], tmm0\n",
+                "tilestored [{sums} + 2*{half} + 1024], tmm1\n",
                 "add {a}, ",
                 $steps,
                 "*",
@@ -476,20 +474,25 @@ mod instructions {
 
     /// All tiles of all groups; the sums of the last tile of a group are scaled while the next group begins.
     macro_rules! multiply {
-        ($kind:ident, $steps:tt, $tile:literal, $depth:expr, $x:expr, $sums:expr, $y:expr) => {
+        ($kind:ident, $steps:tt, $tile:literal, $row:literal, $x:expr, $sums:expr, $y:expr) => {{
+            let (before, apart) = match $x.first {
+                true => (ZEROS.0.as_flattened().as_ptr(), 0),
+                false => ($y.as_mut_ptr().cast_const(), TILE * PITCH * size_of::<f32>()),
+            };
             asm!(
                 weights!($steps, $tile),
                 scales!(),
-                tile!(none, $steps),
+                tile!(none, $steps, $row),
                 next!($steps, $tile),
                 "2:",
                 "mov {left}, {tiles}",
                 "dec {left}",
                 "jz 4f",
                 "3:",
-                tile!($kind, $steps),
+                tile!($kind, $steps, $row),
                 next!($steps, $tile),
                 "add {y}, 16*576",
+                "add {before}, {apart}",
                 "dec {left}",
                 "jnz 3b",
                 "4:",
@@ -497,9 +500,11 @@ mod instructions {
                 "jz 5f",
                 concat!("add {b}, 2*", $steps, "*", $tile),
                 weights!($steps, $tile),
-                tile!($kind, $steps),
+                tile!($kind, $steps, $row),
                 next!($steps, $tile),
                 "mov {y}, {first}",
+                "mov {before}, {first}",
+                "mov {apart}, 16*576",
                 "add {b_groups}, 256",
                 scales!(),
                 "jmp 2b",
@@ -517,16 +522,17 @@ mod instructions {
                 left = out(reg) _,
                 first = in(reg) $y.as_mut_ptr(),
                 y = inout(reg) $y.as_mut_ptr() => _,
+                before = inout(reg) before => _,
+                apart = inout(reg) apart => _,
                 sums = in(reg) $sums,
-                line = in(reg) VECTOR,
-                row = in(reg) $depth,
+                half = in(reg) VECTOR / 2,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
                 out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _,
                 options(nostack),
             )
-        };
+        }};
     }
 
     impl Tiles for Amx {
@@ -563,12 +569,12 @@ mod instructions {
             // the lengths just checked; sums and results are whole values, aligned to vectors.
             unsafe {
                 match (depth, self.steps, x.offsets) {
-                    (64, 2, false) => multiply!(plain, 2, "1024", depth, x, sums, y),
-                    (64, 2, true) => multiply!(offsets, 2, "1024", depth, x, sums, y),
-                    (64, 1, false) => multiply!(plain, 1, "1024", depth, x, sums, y),
-                    (64, 1, true) => multiply!(offsets, 1, "1024", depth, x, sums, y),
-                    (32, 1, false) => multiply!(plain, 1, "512", depth, x, sums, y),
-                    (32, 1, true) => multiply!(offsets, 1, "512", depth, x, sums, y),
+                    (64, 2, false) => multiply!(plain, 2, "1024", "2", x, sums, y),
+                    (64, 2, true) => multiply!(offsets, 2, "1024", "2", x, sums, y),
+                    (64, 1, false) => multiply!(plain, 1, "1024", "2", x, sums, y),
+                    (64, 1, true) => multiply!(offsets, 1, "1024", "2", x, sums, y),
+                    (32, 1, false) => multiply!(plain, 1, "512", "1", x, sums, y),
+                    (32, 1, true) => multiply!(offsets, 1, "512", "1", x, sums, y),
                     (_, steps, _) => unreachable!("{steps} steps of {depth} columns"),
                 }
             }
@@ -639,6 +645,9 @@ pub(super) mod tests {
                         }
                         for (token, sums) in sums.iter().enumerate() {
                             let y = &mut y.row(tile * TILE + token)[panel];
+                            if x.first && group == 0 {
+                                *y = [0.0; TILE_ROWS];
+                            }
                             for row in 0..TILE_ROWS {
                                 let offset = i32::from(scales.offsets[panel][row] as u16 as i16);
                                 assert!(x.offsets || offset == 0);
