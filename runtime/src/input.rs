@@ -94,12 +94,11 @@ impl Room {
             && whole_groups(columns, activation_group(scheme, cols), cols)
         {
             let codes = rooms(&mut self.codes, 1);
-            codes[0].reset(tokens, cols, scheme);
+            codes[0].reset(cpu.isa, tokens, cols, scheme);
             codes[0].grid(&cpu.pool, rows, columns, |row, column, cell| {
                 let values = vec![0.0; cell.width()];
                 make(row, column, Piece::Codes(cell, values));
             });
-            codes[0].arrange(cpu.isa, &cpu.pool);
             return Input {
                 tokens,
                 values: None,
@@ -138,7 +137,7 @@ fn hold<'a>(
     let schemes: Vec<_> = schemes(cpu, readers, cols).into_iter().flatten().collect();
     let codes = rooms(room, schemes.len());
     for (codes, scheme) in codes.iter_mut().zip(schemes) {
-        codes.reset(tokens, cols, scheme);
+        codes.reset(cpu.isa, tokens, cols, scheme);
         let parts = (0..tokens).step_by(TOKENS);
         let parts: Vec<_> = parts
             .map(|first| first..(first + TOKENS).min(tokens))
@@ -152,7 +151,6 @@ fn hold<'a>(
                 &x[rows.start * cols..rows.end * cols],
             );
         });
-        codes.arrange(cpu.isa, &cpu.pool);
     }
     let rounded = !readers.is_empty() && cpu.path == Path::Bf16;
     Input {

@@ -237,7 +237,7 @@ impl Drop for Pool {
 }
 
 /// The start of a slice whose parts go to different threads.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Base<T>(*mut T);
 
 // SAFETY: a `Base` only hands out addresses; who writes where is argued at each use, and `T: Send` holds there.

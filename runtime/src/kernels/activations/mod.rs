@@ -2,7 +2,6 @@
 
 #[cfg(target_arch = "x86_64")]
 mod choices;
-#[cfg(any(target_arch = "x86_64", test))]
 mod tiles;
 
 use std::marker::PhantomData;
@@ -13,12 +12,19 @@ use std::sync::OnceLock;
 use qbin_format::{Scheme, TILE_COLS};
 
 use super::ahead::{AHEAD, LINE, fetch_near};
-use super::isa::{Isa, Vectorized};
+use super::isa::{Isa, Level, Vectorized};
 use super::pool::{Base, Pool, check_apart};
 #[cfg(target_arch = "x86_64")]
 pub(super) use choices::Choices;
+pub(super) use tiles::Tiles;
 #[cfg(any(target_arch = "x86_64", test))]
-pub(super) use tiles::{BLOCK, Group, TILE, Tiles};
+pub(super) use tiles::{BLOCK, Group, TILE};
+
+/// Tokens up to which vector instructions multiply faster than tiles, and what sparse weights read as rows.
+const FEW: usize = 6;
+
+/// Columns that groups of tiles are a multiple of.
+const STEP: usize = 32;
 
 /// Columns that share an activation scale where the weights do not say: an outlier then spoils only its neighbours.
 const DEFAULT_GROUP: usize = 128;
@@ -50,12 +56,17 @@ pub fn activation_group(scheme: Scheme, cols: usize) -> usize {
 /// With `max` the largest magnitude of a group: `scale = max / 127`, `code = round(x · (127 / max))`, ties to even. A
 /// group below 2⁻¹⁰⁰ in magnitude has scale 0 and codes 0. A group with an infinity or NaN has the scale NaN and codes
 /// 0, so that every output of that token becomes NaN.
+///
+/// They lie as the instruction set reads them: in rows, or more than a few tokens in tiles.
 #[derive(Clone, Debug, Default)]
 pub struct Activations {
     tokens: usize,
     cols: usize,
     /// Columns of a group; the last one may be short.
     group: usize,
+    /// Whether they lie in tiles and not in the rows that follow.
+    tiled: bool,
+    tiles: Tiles,
     /// `[tokens, cols padded to 64]`, padding 0; as the following, with room left behind it.
     codes: Vec<i8>,
     /// `[tokens, groups]`.
@@ -65,16 +76,11 @@ pub struct Activations {
     /// The codes as two of four chooses from them, once it asked.
     #[cfg(target_arch = "x86_64")]
     choices: OnceLock<Vec<Choices>>,
-    /// The codes in tiles, where they were arranged so.
-    #[cfg(any(target_arch = "x86_64", test))]
-    tiles: Option<tiles::Tiles>,
-    /// Memory for tiles.
-    #[cfg(any(target_arch = "x86_64", test))]
-    spare: Option<tiles::Tiles>,
 }
 
 impl Activations {
-    /// Quantizes `x`, `[tokens, cols]` row major, for weights of `scheme` with `cols` columns.
+    /// Quantizes `x`, `[tokens, cols]` row major, for weights of `scheme` with `cols` columns that are multiplied with the
+    /// instructions of `isa`.
     ///
     /// # Panics
     /// If `cols` is 0 or does not divide the length of `x`.
@@ -86,9 +92,8 @@ impl Activations {
             x.len()
         );
         let mut activations = Self::default();
-        activations.reset(x.len() / cols, cols, scheme);
+        activations.reset(isa, x.len() / cols, cols, scheme);
         activations.whole().fill(isa, 0..x.len() / cols, x);
-        activations.arrange(isa, &Pool::new(1));
         activations
     }
 
@@ -98,15 +103,38 @@ impl Activations {
     /// # Panics
     /// If `cols` is 0.
     #[track_caller]
-    pub(crate) fn reset(&mut self, tokens: usize, cols: usize, scheme: Scheme) {
+    pub(crate) fn reset(&mut self, isa: Isa, tokens: usize, cols: usize, scheme: Scheme) {
+        let group = activation_group(scheme, cols);
+        let tiled = isa.level() == Level::Amx && tokens > FEW && tiles::serve(group);
+        self.reset_as(tiled, tokens, cols, group);
+    }
+
+    /// [`Self::quantize`] in tiles.
+    #[cfg(test)]
+    pub(super) fn quantize_in_tiles(isa: Isa, x: &[f32], cols: usize, scheme: Scheme) -> Self {
+        let mut activations = Self::default();
+        let tokens = x.len() / cols;
+        activations.reset_as(true, tokens, cols, activation_group(scheme, cols));
+        activations.whole().fill(isa, 0..tokens, x);
+        activations
+    }
+
+    /// The same in tiles, or in rows.
+    #[track_caller]
+    fn reset_as(&mut self, tiled: bool, tokens: usize, cols: usize, group: usize) {
         assert!(cols > 0, "activations without columns");
         self.tokens = tokens;
         self.cols = cols;
-        self.group = activation_group(scheme, cols);
-        let (codes, groups) = (tokens * self.stride(), tokens * self.groups());
-        grow(&mut self.codes, codes);
-        grow(&mut self.scales, groups);
-        grow(&mut self.sums, groups);
+        self.group = group;
+        self.tiled = tiled;
+        if tiled {
+            self.tiles.reset(tokens, self.groups(), group);
+        } else {
+            let (codes, groups) = (tokens * self.stride(), tokens * self.groups());
+            grow(&mut self.codes, codes);
+            grow(&mut self.scales, groups);
+            grow(&mut self.sums, groups);
+        }
     }
 
     /// All of them, to be filled.
@@ -148,13 +176,10 @@ impl Activations {
     fn base(&mut self) -> Bases {
         #[cfg(target_arch = "x86_64")]
         self.choices.take();
-        #[cfg(any(target_arch = "x86_64", test))]
-        {
-            self.spare = self.tiles.take().or(self.spare.take());
-        }
         Bases {
             cols: self.cols,
             group: self.group,
+            tiles: self.tiled.then(|| self.tiles.place()),
             codes: Base::of(&mut self.codes),
             scales: Base::of(&mut self.scales),
             sums: Base::of(&mut self.sums),
@@ -186,8 +211,18 @@ impl Activations {
         self.cols.next_multiple_of(TILE_COLS)
     }
 
+    /// These, if they lie in tiles.
+    #[cfg(any(target_arch = "x86_64", test))]
+    pub(super) fn tiles(&self) -> Option<&Tiles> {
+        self.tiled.then_some(&self.tiles)
+    }
+
     /// Codes, in rows of [`Self::stride`], scales and sums, in rows of [`Self::groups`], from a token on.
+    ///
+    /// # Panics
+    /// If they lie in tiles.
     pub(crate) fn rows_from(&self, token: usize) -> (&[i8], &[f32], &[i32]) {
+        assert!(!self.tiled, "these activations lie in tiles");
         (
             &self.codes[token * self.stride()..],
             &self.scales[token * self.groups()..],
@@ -196,25 +231,22 @@ impl Activations {
     }
 
     /// Codes of one token, padded with 0 to a multiple of 64.
-    pub fn codes(&self, token: usize) -> &[i8] {
-        &self.codes[token * self.stride()..][..self.stride()]
+    ///
+    /// # Panics
+    /// If they lie in tiles; as the following.
+    pub(super) fn codes(&self, token: usize) -> &[i8] {
+        &self.rows_from(token).0[..self.stride()]
     }
 
     /// Scales of one token, one per group.
-    pub fn scales(&self, token: usize) -> &[f32] {
-        &self.scales[token * self.groups()..][..self.groups()]
+    pub(super) fn scales(&self, token: usize) -> &[f32] {
+        &self.rows_from(token).1[..self.groups()]
     }
 
     /// Sums of the codes of one token, one per group.
-    pub fn sums(&self, token: usize) -> &[i32] {
-        &self.sums[token * self.groups()..][..self.groups()]
+    pub(super) fn sums(&self, token: usize) -> &[i32] {
+        &self.rows_from(token).2[..self.groups()]
     }
-}
-
-#[cfg(not(any(target_arch = "x86_64", test)))]
-impl Activations {
-    /// There are no tiles to be arranged in.
-    pub(crate) fn arrange(&mut self, _: Isa, _: &Pool) {}
 }
 
 /// Makes them at least `len`: what is longer is left, so that nothing is zeroed again when they grow again.
@@ -234,6 +266,8 @@ pub(crate) fn whole_groups(columns: &[Range<usize>], group: usize, cols: usize) 
 struct Bases {
     cols: usize,
     group: usize,
+    /// Where they lie in tiles.
+    tiles: Option<tiles::Place>,
     codes: Base<i8>,
     scales: Base<f32>,
     sums: Base<i32>,
@@ -252,38 +286,59 @@ impl Bases {
             true => stride - self.cols,
             false => 0,
         };
-        let group = rows.start * groups + columns.start / self.group;
+        let group = columns.start / self.group;
+        let place = match self.tiles {
+            Some(tiles) => Place::Tiles {
+                tiles,
+                token: rows.start,
+                group,
+            },
+            None => Place::Rows {
+                codes: self.codes.at(rows.start * stride + columns.start),
+                scales: self.scales.at(rows.start * groups + group),
+                sums: self.sums.at(rows.start * groups + group),
+                padding,
+                strides: [stride, groups],
+            },
+        };
         ActivationCell {
-            codes: self.codes.at(rows.start * stride + columns.start),
-            scales: self.scales.at(group),
-            sums: self.sums.at(group),
+            place,
             rows: rows.len(),
             width: columns.len(),
-            padding,
             group: self.group,
-            groups: columns.len().div_ceil(self.group),
-            strides: [stride, groups],
             borrow: PhantomData,
         }
     }
+}
+
+/// Where a cell is written.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Rows {
+        codes: *mut i8,
+        scales: *mut f32,
+        sums: *mut i32,
+        /// Columns behind the last.
+        padding: usize,
+        /// From row to row, of the codes and of the others.
+        strides: [usize; 2],
+    },
+    Tiles {
+        tiles: tiles::Place,
+        /// The first.
+        token: usize,
+        group: usize,
+    },
 }
 
 /// Whole groups of neighbouring columns of some rows of [`Activations`], to be filled by one thread while others fill
 /// others.
 #[derive(Debug)]
 pub(crate) struct ActivationCell<'a> {
-    codes: *mut i8,
-    scales: *mut f32,
-    sums: *mut i32,
+    place: Place,
     rows: usize,
     width: usize,
-    /// Columns behind the last.
-    padding: usize,
     group: usize,
-    /// Groups of a row of this cell.
-    groups: usize,
-    /// From row to row, of the codes and of the others.
-    strides: [usize; 2],
     borrow: PhantomData<&'a mut f32>,
 }
 
@@ -317,37 +372,6 @@ impl ActivationCell<'_> {
             x,
         });
     }
-
-    /// Starts to bring a row into the first cache.
-    #[inline(always)]
-    fn fetch(&self, row: usize) {
-        let first = self.codes.wrapping_add(row * self.strides[0]);
-        for column in (0..self.width).step_by(LINE).chain([self.width - 1]) {
-            fetch_near(first.wrapping_add(column));
-        }
-        let group = row * self.strides[1];
-        fetch_near(self.scales.wrapping_add(group));
-        fetch_near(self.sums.wrapping_add(group));
-    }
-
-    /// Codes with padding, scales and sums of a row.
-    #[inline(always)]
-    fn row(&mut self, row: usize) -> (&mut [i8], &mut [f32], &mut [i32]) {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        let at = row * self.strides[1];
-        // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
-        // and the padding behind them to no one else; the row lies inside them.
-        unsafe {
-            (
-                std::slice::from_raw_parts_mut(
-                    self.codes.add(row * self.strides[0]),
-                    self.width + self.padding,
-                ),
-                std::slice::from_raw_parts_mut(self.scales.add(at), self.groups),
-                std::slice::from_raw_parts_mut(self.sums.add(at), self.groups),
-            )
-        }
-    }
 }
 
 struct Fill<'c, 'a> {
@@ -362,18 +386,73 @@ impl Vectorized for Fill<'_, '_> {
     #[inline(always)]
     fn run(self) {
         let Self { cell, rows, x } = self;
-        let (width, group) = (cell.width, cell.group);
-        for (number, row) in rows.enumerate() {
-            let x = &x[number * width..][..width];
-            // Rows are far apart, and stores that wait for their lines would hold up all that follow.
-            cell.fetch(row + AHEAD);
-            let (codes, scales, sums) = cell.row(row);
-            let (codes, padding) = codes.split_at_mut(width);
-            padding.fill(0);
-            for (at, (scale, sum)) in scales.iter_mut().zip(sums).enumerate() {
-                let columns = at * group..((at + 1) * group).min(width);
-                (*scale, *sum) = quantize_group(&x[columns.clone()], &mut codes[columns]);
+        for (row, x) in rows.zip(x.chunks_exact(cell.width)) {
+            match cell.place {
+                Place::Rows { .. } => cell.fill_row(row, x),
+                Place::Tiles { .. } => cell.fill_tiles(row, x),
             }
+        }
+    }
+}
+
+impl ActivationCell<'_> {
+    /// Writes a row.
+    #[inline(always)]
+    fn fill_row(&mut self, row: usize, x: &[f32]) {
+        let Place::Rows {
+            codes,
+            scales,
+            sums,
+            padding,
+            strides: [stride, groups],
+        } = self.place
+        else {
+            unreachable!("a row of tiles");
+        };
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // Rows are far apart, and stores that wait for their lines would hold up all that follow.
+        let ahead = row + AHEAD;
+        let first = codes.wrapping_add(ahead * stride);
+        for column in (0..self.width).step_by(LINE).chain([self.width - 1]) {
+            fetch_near(first.wrapping_add(column));
+        }
+        fetch_near(scales.wrapping_add(ahead * groups));
+        fetch_near(sums.wrapping_add(ahead * groups));
+        let count = self.width.div_ceil(self.group);
+        // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
+        // and the padding behind them to no one else; the row lies inside them.
+        let (codes, scales, sums) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(codes.add(row * stride), self.width + padding),
+                std::slice::from_raw_parts_mut(scales.add(row * groups), count),
+                std::slice::from_raw_parts_mut(sums.add(row * groups), count),
+            )
+        };
+        let (codes, padding) = codes.split_at_mut(self.width);
+        padding.fill(0);
+        let all = x.chunks(self.group).zip(codes.chunks_mut(self.group));
+        for ((x, codes), (scale, sum)) in all.zip(scales.iter_mut().zip(sums)) {
+            (*scale, *sum) = quantize_group(x, codes);
+        }
+    }
+
+    /// Writes a row where it lies in tiles.
+    #[inline(always)]
+    fn fill_tiles(&mut self, row: usize, x: &[f32]) {
+        let Place::Tiles {
+            tiles,
+            token,
+            group,
+        } = self.place
+        else {
+            unreachable!("tiles of rows");
+        };
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        for (x, group) in x.chunks(self.group).zip(group..) {
+            let mut codes = [[0; STEP]; 4];
+            let (scale, sum) = quantize_group(x, &mut codes.as_flattened_mut()[..x.len()]);
+            // SAFETY: as above.
+            unsafe { tiles.put(token + row, group, &codes, scale, sum) };
         }
     }
 }
@@ -462,7 +541,7 @@ mod tests {
         let expected = Activations::quantize(Isa::available()[0], &x, cols, G32);
         for isa in Isa::available() {
             let mut rows = Activations::quantize(isa, &vec![9.0; 600], 300, G32);
-            rows.reset(7, cols, G32);
+            rows.reset(isa, 7, cols, G32);
             let pool = Pool::new(2);
             let columns = [0..64, 64..96, 96..cols];
             rows.grid(&pool, &[0..3, 3..7], &columns, |row, column, mut cell| {
@@ -477,11 +556,48 @@ mod tests {
                     cell.fill(isa, first..first + at_once, &x);
                 }
             });
-            assert_eq!(rows.codes, expected.codes);
-            assert_eq!(rows.sums, expected.sums);
-            let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&rows.scales), bits(&expected.scales));
+            assert_eq!(all(&rows), all(&expected));
         }
+        for group in [32, 64, 128] {
+            let [rows, mut tiles] = [false, true].map(|tiled| {
+                let mut made = Activations::default();
+                // What was there before must not matter.
+                for cols in [300, cols] {
+                    made.reset_as(tiled, 7, cols, group);
+                    let mut cell = made.whole();
+                    cell.fill(Isa::detect(), 0..7, &vec![9.0; 7 * cols]);
+                }
+                made.whole().fill(Isa::detect(), 0..7, &x);
+                made
+            });
+            assert_eq!(all(&tiles), all(&rows));
+            tiles.tokens = 16;
+            assert_eq!(all(&tiles)[7..].concat(), vec![(0, 0, 0); 9 * 256]);
+        }
+    }
+
+    /// Codes of each column, padding among them, with the bits of their scales and their sums.
+    fn all(x: &Activations) -> Vec<Vec<(i8, u32, i32)>> {
+        let column = |token: usize, col: usize| {
+            let group = (col / x.group()).min(x.groups() - 1);
+            let Some(tiles) = x.tiles() else {
+                let (scale, sum) = (x.scales(token)[group], x.sums(token)[group]);
+                return (x.codes(token)[col], scale.to_bits(), sum);
+            };
+            let (codes, groups) = tiles.groups(0, group..group + 1);
+            let within = col - group * x.group();
+            let (step, depth) = (within / tiles.depth, within % tiles.depth);
+            match codes.get((step * TILE + token) * tiles.depth + depth) {
+                Some(&code) => (
+                    code,
+                    groups[0].scales[token].to_bits(),
+                    groups[0].sums[token],
+                ),
+                None => (0, groups[0].scales[token].to_bits(), groups[0].sums[token]),
+            }
+        };
+        let token = |token| (0..x.stride()).map(|col| column(token, col)).collect();
+        (0..x.tokens()).map(token).collect()
     }
 
     #[test]

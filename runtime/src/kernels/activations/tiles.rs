@@ -4,18 +4,11 @@ use std::ops::Range;
 
 use qbin_format::TILE_COLS;
 
-use super::{Activations, grow};
-use crate::kernels::isa::{Isa, Level, Vectorized};
-use crate::kernels::pool::Pool;
-
-/// Tokens up to which vector instructions are faster.
-const FEW: usize = 4;
+use super::{STEP, grow};
+use crate::kernels::pool::Base;
 
 /// Tokens of a tile.
 pub(in crate::kernels) const TILE: usize = 16;
-
-/// Columns that every group is a multiple of.
-const STEP: usize = 32;
 
 /// Tiles of a block: what these tokens add to two panels' rows for one group stays in the first cache.
 pub(in crate::kernels) const BLOCK: usize = 8;
@@ -55,10 +48,53 @@ pub(in crate::kernels) struct Group {
 }
 
 /// Whether there are tiles for groups of this many columns.
-fn serves(group: usize) -> bool {
+pub(super) fn serve(group: usize) -> bool {
     matches!(group, 32 | 64 | 128)
 }
 
+impl Tiles {
+    /// Makes room for `tokens` rows of groups of `group` columns; what is there is unspecified until it is written.
+    ///
+    /// # Panics
+    /// If no tile serves such groups.
+    pub(super) fn reset(&mut self, tokens: usize, groups: usize, group: usize) {
+        assert!(serve(group), "groups of {group}");
+        self.depth = group.min(TILE_COLS);
+        self.steps = group / self.depth;
+        self.count = tokens.div_ceil(TILE);
+        self.in_row = groups;
+        let all = self.count * self.in_row;
+        let lines = all * self.lines();
+        grow(&mut self.codes, lines);
+        grow(&mut self.groups, all);
+        let place = self.place();
+        for token in tokens..self.count * TILE {
+            for group in 0..groups {
+                // SAFETY: it is a token of the last tile, and nobody else has a place.
+                unsafe { place.put(token, group, &[[0; STEP]; 4], 0.0, 0) };
+            }
+        }
+    }
+
+    /// Where they are written.
+    pub(super) fn place(&mut self) -> Place {
+        Place {
+            codes: Base::of(&mut self.codes),
+            groups: Base::of(&mut self.groups),
+            depth: self.depth,
+            lines: self.lines(),
+            count: self.count,
+            in_row: self.in_row,
+        }
+    }
+
+    /// Lines of a tile and group.
+    fn lines(&self) -> usize {
+        self.steps * self.depth * TILE / size_of::<Line>()
+    }
+}
+
+#[cfg(any(target_arch = "x86_64", test))]
 impl Tiles {
     /// Blocks of all tokens.
     pub(in crate::kernels) fn blocks(&self) -> usize {
@@ -82,106 +118,53 @@ impl Tiles {
             unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), size_of_val(codes)) };
         (codes, &self.groups[tiles])
     }
-
-    /// Lines of a tile and group.
-    fn lines(&self) -> usize {
-        self.steps * self.depth * TILE / size_of::<Line>()
-    }
 }
 
-impl Activations {
-    /// Arranges them in tiles, too, on all threads, if `isa` multiplies tiles and there are tokens enough for it.
-    pub(crate) fn arrange(&mut self, isa: Isa, pool: &Pool) {
-        if isa.level() == Level::Amx && self.tokens > FEW && serves(self.group) {
-            self.arrange_in_tiles(isa, pool);
-        }
-    }
-
-    /// Arranges them in tiles, too.
-    ///
-    /// # Panics
-    /// If no tile serves their groups.
-    pub(in crate::kernels) fn arrange_in_tiles(&mut self, isa: Isa, pool: &Pool) {
-        assert!(serves(self.group), "groups of {}", self.group);
-        let mut tiles = self.spare.take().unwrap_or_default();
-        tiles.depth = self.group.min(TILE_COLS);
-        tiles.steps = self.group / tiles.depth;
-        tiles.count = self.tokens.div_ceil(TILE);
-        tiles.in_row = self.groups();
-        let lines = tiles.lines();
-        let (of_tile, of_block) = (tiles.in_row * lines, BLOCK * tiles.in_row);
-        let (all_lines, all_groups) = (tiles.count * of_tile, tiles.count * tiles.in_row);
-        grow(&mut tiles.codes, all_lines);
-        grow(&mut tiles.groups, all_groups);
-        let (depth, x) = (tiles.depth, &*self);
-        pool.parts(
-            &mut tiles.codes[..all_lines],
-            of_block * lines,
-            |block, lines| {
-                isa.run(Arrange {
-                    x,
-                    depth,
-                    block,
-                    lines,
-                });
-            },
-        );
-        pool.parts(
-            &mut tiles.groups[..all_groups],
-            of_block,
-            |block, groups| {
-                let count = groups.len() / x.groups();
-                for (at, of_tokens) in groups.iter_mut().enumerate() {
-                    let (group, tile) = (at / count, block * BLOCK + at % count);
-                    *of_tokens = Group::default();
-                    for (row, token) in (tile * TILE..x.tokens().min((tile + 1) * TILE)).enumerate()
-                    {
-                        of_tokens.scales[row] = x.scales(token)[group];
-                        of_tokens.sums[row] = x.sums(token)[group];
-                    }
-                }
-            },
-        );
-        self.tiles = Some(tiles);
-    }
-
-    /// These in tiles, if they were arranged so.
-    pub(in crate::kernels) fn tiles(&self) -> Option<&Tiles> {
-        self.tiles.as_ref()
-    }
-}
-
-/// Writes the tiles of a block.
-struct Arrange<'a> {
-    x: &'a Activations,
+/// Where tiles are written, by several threads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    codes: Base<Line>,
+    groups: Base<Group>,
     depth: usize,
-    block: usize,
-    lines: &'a mut [Line],
+    lines: usize,
+    count: usize,
+    in_row: usize,
 }
 
-impl Vectorized for Arrange<'_> {
-    type Output = ();
-
+impl Place {
+    /// Writes a group of a token, with 0 right of its columns.
+    ///
+    /// # Safety
+    /// The tiles are borrowed mutably and have this token and group, which nobody else touches meanwhile.
     #[inline(always)]
-    fn run(self) {
-        let Self { x, depth, .. } = self;
-        let tile_lines = x.group() * TILE / size_of::<Line>();
-        let count = self.lines.len() / tile_lines / x.groups();
-        for (at, lines) in self.lines.chunks_exact_mut(tile_lines).enumerate() {
-            let (group, tile) = (at / count, self.block * BLOCK + at % count);
-            for row in 0..TILE {
-                let token = tile * TILE + row;
-                let (codes, _) = match token < x.tokens() {
-                    true => x.codes(token)[group * x.group()..].as_chunks::<STEP>(),
-                    false => (&[][..], &[][..]),
-                };
-                for piece in 0..x.group() / STEP {
-                    // Sixteen rows of one piece or of two.
-                    let (step, half) = (piece * STEP / depth, piece * STEP % depth / STEP);
-                    let to = (step * TILE + row) * depth / STEP + half;
-                    lines[to / 2].0[to % 2] = codes.get(piece).copied().unwrap_or([0; STEP]);
-                }
+    pub(super) unsafe fn put(
+        &self,
+        token: usize,
+        group: usize,
+        codes: &[[i8; STEP]; 4],
+        scale: f32,
+        sum: i32,
+    ) {
+        let (tile, row) = (token / TILE, token % TILE);
+        let first = tile / BLOCK * BLOCK;
+        let tiles = BLOCK.min(self.count - first);
+        let at = first * self.in_row + group * tiles + tile - first;
+        let first = self.codes.at(at * self.lines).cast::<i8>();
+        let pieces = self.lines * size_of::<Line>() / TILE / STEP;
+        for (piece, codes) in codes.iter().enumerate().take(pieces) {
+            // Sixteen rows of one piece or of two.
+            let (step, within) = (piece * STEP / self.depth, piece * STEP % self.depth);
+            // SAFETY: inside the lines of this tile and group, and of this token alone.
+            unsafe {
+                let to = first.add((step * TILE + row) * self.depth + within);
+                to.cast::<[i8; STEP]>().write_unaligned(*codes);
             }
+        }
+        // SAFETY: these two values are of this token alone.
+        unsafe {
+            let group = self.groups.at(at);
+            (&raw mut (*group).scales[row]).write(scale);
+            (&raw mut (*group).sums[row]).write(sum);
         }
     }
 }

@@ -119,22 +119,24 @@ proptest! {
     }
 }
 
-/// The AMX product with tiles in software, on the vector instructions of `isa`.
+/// The AMX product with tiles in software, on the vector instructions of `isa`, with a room of its own for at most 128 rows.
 fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
-    let mut x = Activations::quantize(isa, x, w.cols, w.scheme);
-    x.arrange_in_tiles(isa, &Pool::new(1));
-    let mut out = vec![f32::NAN; x.tokens() * w.rows];
-    let mut columns = Columns::whole(&mut out, w.rows);
+    let x = Activations::quantize_in_tiles(isa, x, w.cols, w.scheme);
+    let tokens = x.tokens();
+    let mut out = vec![f32::NAN; Columns::room(tokens, w.rows)];
+    let mut columns = Columns::in_room(&mut out, tokens, w.rows);
     let product = Product {
         w: &w,
         x: &x,
         panels: 0..w.rows.div_ceil(16),
         out: super::Panels::of_columns(&mut columns, 0..w.rows),
     };
-    let tiles = x.tiles().expect("just arranged");
+    let tiles = x.tiles().expect("made so");
     amx::run(isa, amx::tests::Software::new(), tiles, product);
-    out
+    (0..tokens)
+        .flat_map(|token| columns.row(token).to_vec())
+        .collect()
 }
 
 proptest! {
