@@ -15,6 +15,7 @@ use super::blocks::parts;
 use super::output::{Line, Panels, Rows};
 use super::panel::{Panel, VECTOR};
 use crate::kernels::activations::{Activations, BLOCK, Group, TILE, Tiles as Arranged};
+use crate::kernels::ahead::fetch_near;
 use crate::kernels::columns::{PITCH, WIDTH};
 use crate::kernels::isa::{Isa, Vectorized};
 
@@ -24,6 +25,8 @@ const COLS: usize = 2048;
 const SMALLEST: usize = 32;
 /// Rows of the result that are fetched before they are written: the third cache of CPUs with AMX is far from a core.
 const AHEAD: usize = 16;
+/// How far ahead the codes of each panel are fetched, in bytes.
+const CODES_AHEAD: usize = 2048;
 /// Panels whose results have a place in a row of them.
 const STRIP: usize = WIDTH / TILE_ROWS;
 
@@ -237,13 +240,12 @@ impl Vectorized for Unpack<'_> {
         let bits = w.scheme.bits;
         // A code of 8 bits less any zero point is no byte.
         self.weights.offsets = bits == 8 && !w.scheme.symmetric;
-        for (at, panel) in self.pair.into_iter().enumerate() {
-            let panel = Panel::of(w, panel);
-            let (vectors, _) = panel.codes.as_chunks::<VECTOR>();
-            let scales = self.weights.groups.iter_mut();
-            let codes = self.weights.codes.chunks_exact_mut(2 * quads);
-            for (group, (scales, codes)) in self.groups.clone().zip(scales.zip(codes)) {
-                let weight_group = w.scheme.group_of(group * x.group());
+        let panels = self.pair.map(|panel| Panel::of(w, panel));
+        let scales = self.weights.groups.iter_mut();
+        let codes = self.weights.codes.chunks_exact_mut(2 * quads);
+        for (group, (scales, codes)) in self.groups.zip(scales.zip(codes)) {
+            let weight_group = w.scheme.group_of(group * x.group());
+            for (at, panel) in panels.iter().enumerate() {
                 let zero_points = panel.zero_points(weight_group);
                 let taken = if bits == 4 {
                     zero_points
@@ -254,11 +256,13 @@ impl Vectorized for Unpack<'_> {
                 scales.offsets[at] =
                     std::array::from_fn(|row| u32::from((taken[row] - zero_points[row]) as u16));
                 let codes = &mut codes[at * quads..][..quads];
+                let (vectors, _) = panel.codes.as_chunks::<VECTOR>();
                 let vectors = &vectors[group * quads * usize::from(bits) / 8..];
                 let taken = taken.map(|zero| [zero as u8; 4]);
                 let taken: &[u8; VECTOR] = taken.as_flattened().try_into().expect("4 each");
                 if bits == 4 {
                     for (vector, codes) in vectors.iter().zip(codes.as_chunks_mut::<2>().0) {
+                        fetch_near(vector.as_ptr().wrapping_add(CODES_AHEAD));
                         let [low, high] = codes;
                         for i in 0..VECTOR {
                             low[i] = (vector[i] & 15).wrapping_sub(taken[i]).cast_signed();
@@ -267,6 +271,7 @@ impl Vectorized for Unpack<'_> {
                     }
                 } else {
                     for (vector, codes) in vectors.iter().zip(codes) {
+                        fetch_near(vector.as_ptr().wrapping_add(CODES_AHEAD));
                         for i in 0..VECTOR {
                             codes[i] = vector[i].wrapping_sub(taken[i]).cast_signed();
                         }
