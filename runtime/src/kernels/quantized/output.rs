@@ -100,7 +100,7 @@ impl<'a> Panels<'a> {
         values
     }
 
-    /// Some of these panels, at most [`WIDTH`] rows, with what may be overwritten around them.
+    /// Some of these panels with what may be overwritten around them, if that is enough.
     ///
     /// # Panics
     /// If one of them is not among these.
@@ -110,8 +110,10 @@ impl<'a> Panels<'a> {
         let row = panels.start * TILE_ROWS;
         assert!(self.rows.contains(&row) && panels.end <= self.rows.end.div_ceil(TILE_ROWS));
         let (column, count) = (row - self.rows.start, panels.len().next_multiple_of(2));
-        (column + count * TILE_ROWS <= self.spare).then(|| Rows {
-            first: self.first.wrapping_add(column),
+        let first = self.first.wrapping_add(column);
+        let on_lines = first.addr().is_multiple_of(align_of::<Line>());
+        (on_lines && column + count * TILE_ROWS <= self.spare).then(|| Rows {
+            first,
             rows: self.tokens.next_multiple_of(TILE),
             panels: count,
             borrow: PhantomData,
@@ -222,7 +224,7 @@ impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
 #[repr(C, align(64))]
 pub(super) struct Line([f32; TILE_ROWS]);
 
-/// Results of whole tiles of tokens, [`PITCH`] values from one token to the next.
+/// Results of whole tiles of tokens, [`PITCH`] values from one token to the next, on whole lines.
 #[cfg(any(target_arch = "x86_64", test))]
 pub(super) struct Rows<'a> {
     first: *mut f32,

@@ -124,8 +124,10 @@ fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
     let x = Activations::quantize_in_tiles(isa, x, w.cols, w.scheme);
     let tokens = x.tokens();
-    let mut out = vec![f32::NAN; Columns::room(tokens, w.rows)];
-    let mut columns = Columns::in_room(&mut out, tokens, w.rows);
+    let mut out = vec![f32::NAN; Columns::room(tokens, w.rows) + 16];
+    let start = out.as_ptr().align_offset(64);
+    let room = &mut out[start..start + Columns::room(tokens, w.rows)];
+    let mut columns = Columns::in_room(room, tokens, w.rows);
     let product = Product {
         w: &w,
         x: &x,
