@@ -1,7 +1,5 @@
 //! Activations as the tiles of a matrix unit read them.
 
-use std::ops::Range;
-
 use qbin_format::TILE_COLS;
 
 use super::{STEP, grow};
@@ -105,7 +103,7 @@ impl Tiles {
     pub(in crate::kernels) fn groups(
         &self,
         block: usize,
-        groups: Range<usize>,
+        groups: std::ops::Range<usize>,
     ) -> (&[i8], &[Group]) {
         let first = block * BLOCK;
         let tiles = BLOCK.min(self.count - first);
