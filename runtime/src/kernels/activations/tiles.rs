@@ -11,8 +11,8 @@ pub(in crate::kernels) const TILE: usize = 16;
 /// Tiles of a block: what these tokens add to two panels' rows for one group stays in the first cache.
 pub(in crate::kernels) const BLOCK: usize = 8;
 
-/// The codes of 16 tokens each, in blocks of 8 tiles; rows of tokens that are not there, and columns right of the last one, are
-/// 0.
+/// The codes of 16 tokens each, in blocks of 8 tiles; columns right of the last one are 0, and rows of tokens that are not there
+/// whatever they were: nobody reads what becomes of them.
 ///
 /// A step is the 64 columns of a tile, or 32 where groups are not whole tiles. What is read together lies together: rows as they
 /// stand are often a power of two apart and would drive each other out of the first cache.
@@ -65,13 +65,6 @@ impl Tiles {
         let lines = all * self.lines();
         grow(&mut self.codes, lines);
         grow(&mut self.groups, all);
-        let place = self.place();
-        for token in tokens..self.count * TILE {
-            for group in 0..groups {
-                // SAFETY: it is a token of the last tile, and nobody else has a place.
-                unsafe { place.put(token, group, &[[0; STEP]; 4], 0.0, 0) };
-            }
-        }
     }
 
     /// Where they are written.
