@@ -21,7 +21,7 @@ pub(super) use tiles::Tiles;
 pub(super) use tiles::{BLOCK, Group, TILE};
 
 /// Tokens up to which vector instructions multiply faster than tiles, and what sparse weights read as rows.
-const FEW: usize = 6;
+pub(super) const FEW: usize = 6;
 
 /// Columns that groups of tiles are a multiple of.
 const STEP: usize = 32;
@@ -293,13 +293,13 @@ impl Bases {
                 token: rows.start,
                 group,
             },
-            None => Place::Rows {
+            None => Place::Rows(InRows {
                 codes: self.codes.at(rows.start * stride + columns.start),
                 scales: self.scales.at(rows.start * groups + group),
                 sums: self.sums.at(rows.start * groups + group),
                 padding,
                 strides: [stride, groups],
-            },
+            }),
         };
         ActivationCell {
             place,
@@ -314,21 +314,25 @@ impl Bases {
 /// Where a cell is written.
 #[derive(Clone, Copy, Debug)]
 enum Place {
-    Rows {
-        codes: *mut i8,
-        scales: *mut f32,
-        sums: *mut i32,
-        /// Columns behind the last.
-        padding: usize,
-        /// From row to row, of the codes and of the others.
-        strides: [usize; 2],
-    },
+    Rows(InRows),
     Tiles {
         tiles: tiles::Place,
         /// The first.
         token: usize,
         group: usize,
     },
+}
+
+/// The first row of a cell.
+#[derive(Clone, Copy, Debug)]
+struct InRows {
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut i32,
+    /// Columns behind the last.
+    padding: usize,
+    /// From row to row, of the codes and of the others.
+    strides: [usize; 2],
 }
 
 /// Whole groups of neighbouring columns of some rows of [`Activations`], to be filled by one thread while others fill
@@ -387,72 +391,59 @@ impl Vectorized for Fill<'_, '_> {
     fn run(self) {
         let Self { cell, rows, x } = self;
         for (row, x) in rows.zip(x.chunks_exact(cell.width)) {
-            match cell.place {
-                Place::Rows { .. } => cell.fill_row(row, x),
-                Place::Tiles { .. } => cell.fill_tiles(row, x),
+            // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
+            // and the padding behind them to no one else; there are such rows, as the caller checked.
+            unsafe {
+                match cell.place {
+                    Place::Rows(place) => place.fill(row, x, cell.group),
+                    Place::Tiles {
+                        tiles,
+                        token,
+                        group,
+                    } => {
+                        for (x, group) in x.chunks(cell.group).zip(group..) {
+                            let mut codes = [[0; STEP]; 4];
+                            let codes_now = &mut codes.as_flattened_mut()[..x.len()];
+                            let (scale, sum) = quantize_group(x, codes_now);
+                            tiles.put(token + row, group, &codes, scale, sum);
+                        }
+                    }
+                }
             }
         }
     }
 }
 
-impl ActivationCell<'_> {
-    /// Writes a row.
+impl InRows {
+    /// Writes a row in groups of `group` columns.
+    ///
+    /// # Safety
+    /// The cell has this row, as wide as `x`, and nobody else touches it.
     #[inline(always)]
-    fn fill_row(&mut self, row: usize, x: &[f32]) {
-        let Place::Rows {
-            codes,
-            scales,
-            sums,
-            padding,
-            strides: [stride, groups],
-        } = self.place
-        else {
-            unreachable!("a row of tiles");
-        };
-        assert!(row < self.rows, "row {row} of {}", self.rows);
+    unsafe fn fill(self, row: usize, x: &[f32], group: usize) {
+        let [stride, groups] = self.strides;
         // Rows are far apart, and stores that wait for their lines would hold up all that follow.
         let ahead = row + AHEAD;
-        let first = codes.wrapping_add(ahead * stride);
-        for column in (0..self.width).step_by(LINE).chain([self.width - 1]) {
+        let first = self.codes.wrapping_add(ahead * stride);
+        for column in (0..x.len()).step_by(LINE).chain([x.len() - 1]) {
             fetch_near(first.wrapping_add(column));
         }
-        fetch_near(scales.wrapping_add(ahead * groups));
-        fetch_near(sums.wrapping_add(ahead * groups));
-        let count = self.width.div_ceil(self.group);
-        // SAFETY: whoever made this value had the activations borrowed mutably for its lifetime, and gives these groups
-        // and the padding behind them to no one else; the row lies inside them.
+        fetch_near(self.scales.wrapping_add(ahead * groups));
+        fetch_near(self.sums.wrapping_add(ahead * groups));
+        let (len, count) = (x.len() + self.padding, x.len().div_ceil(group));
+        // SAFETY: as the caller says.
         let (codes, scales, sums) = unsafe {
             (
-                std::slice::from_raw_parts_mut(codes.add(row * stride), self.width + padding),
-                std::slice::from_raw_parts_mut(scales.add(row * groups), count),
-                std::slice::from_raw_parts_mut(sums.add(row * groups), count),
+                std::slice::from_raw_parts_mut(self.codes.add(row * stride), len),
+                std::slice::from_raw_parts_mut(self.scales.add(row * groups), count),
+                std::slice::from_raw_parts_mut(self.sums.add(row * groups), count),
             )
         };
-        let (codes, padding) = codes.split_at_mut(self.width);
+        let (codes, padding) = codes.split_at_mut(x.len());
         padding.fill(0);
-        let all = x.chunks(self.group).zip(codes.chunks_mut(self.group));
+        let all = x.chunks(group).zip(codes.chunks_mut(group));
         for ((x, codes), (scale, sum)) in all.zip(scales.iter_mut().zip(sums)) {
             (*scale, *sum) = quantize_group(x, codes);
-        }
-    }
-
-    /// Writes a row where it lies in tiles.
-    #[inline(always)]
-    fn fill_tiles(&mut self, row: usize, x: &[f32]) {
-        let Place::Tiles {
-            tiles,
-            token,
-            group,
-        } = self.place
-        else {
-            unreachable!("tiles of rows");
-        };
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        for (x, group) in x.chunks(self.group).zip(group..) {
-            let mut codes = [[0; STEP]; 4];
-            let (scale, sum) = quantize_group(x, &mut codes.as_flattened_mut()[..x.len()]);
-            // SAFETY: as above.
-            unsafe { tiles.put(token + row, group, &codes, scale, sum) };
         }
     }
 }
@@ -585,14 +576,12 @@ mod tests {
             let (codes, groups) = tiles.groups(0, group..group + 1);
             let within = col - group * x.group();
             let (step, depth) = (within / tiles.depth, within % tiles.depth);
-            match codes.get((step * TILE + token) * tiles.depth + depth) {
-                Some(&code) => (
-                    code,
-                    groups[0].scales[token].to_bits(),
-                    groups[0].sums[token],
-                ),
-                None => (0, groups[0].scales[token].to_bits(), groups[0].sums[token]),
-            }
+            let code = codes.get((step * TILE + token) * tiles.depth + depth);
+            (
+                code.copied().unwrap_or(0),
+                groups[0].scales[token].to_bits(),
+                groups[0].sums[token],
+            )
         };
         let token = |token| (0..x.stride()).map(|col| column(token, col)).collect();
         (0..x.tokens()).map(token).collect()

@@ -36,7 +36,7 @@ const MOST_ROWS: usize = 32;
 ///
 /// A panel of the left operand is [`Self::ROWS`] rows, one of the right operand [`COLS`] columns, which lie side by side
 /// in groups of [`Self::WIDTH`].
-trait Kernel {
+trait Kernel: Sized {
     const ROWS: usize;
     const WIDTH: usize;
     /// Words of a step of a line.
@@ -47,8 +47,23 @@ trait Kernel {
     /// Rounds a step of a line.
     fn arrange(x: &[f32; STEP], words: &mut [u32]);
 
+    /// The same of what a line has left, which may be less, with 0 behind it.
+    #[inline(always)]
+    fn arrange_part(x: &[f32], words: &mut [u32]) {
+        match x.first_chunk() {
+            Some(x) => Self::arrange(x, words),
+            None => {
+                let mut last = [0.0; STEP];
+                last[..x.len()].copy_from_slice(x);
+                Self::arrange(&last, words);
+            }
+        }
+    }
+
     /// Packs rows of `depth` terms as a panel of the left operand.
-    fn pack_left(isa: Isa, x: &[f32], depth: usize, panel: &mut [u32]);
+    fn pack_left(isa: Isa, x: &[f32], depth: usize, panel: &mut [u32]) {
+        pack::transposed::<Self>(isa, x, depth, 0, Self::ROWS, panel);
+    }
 
     /// Called before the products of a thread, and after them.
     fn begin(&mut self) {}

@@ -121,15 +121,9 @@ impl<K: Kernel> Vectorized for Arrange<'_, K> {
 
     #[inline(always)]
     fn run(self) {
-        let (whole, rest) = self.x.as_chunks::<STEP>();
-        let mut steps = self.words.chunks_exact_mut(K::WORDS);
-        for (x, words) in whole.iter().zip(&mut steps) {
-            K::arrange(x, words);
-        }
-        if let Some(words) = steps.next() {
-            let mut last = [0.0; STEP];
-            last[..rest.len()].copy_from_slice(rest);
-            K::arrange(&last, words);
+        let steps = self.words.chunks_exact_mut(K::WORDS);
+        for (x, words) in self.x.chunks(STEP).zip(steps) {
+            K::arrange_part(x, words);
         }
     }
 }

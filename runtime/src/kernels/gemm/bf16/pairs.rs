@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLS, Kernel, Panels, STEP, pack};
+use super::{COLS, Kernel, Panels, STEP};
 use crate::kernels::bf16;
 use crate::kernels::isa::Isa;
 
@@ -39,10 +39,6 @@ impl Kernel for Pairs {
             *even = bf16::pair(x[4 * i], x[4 * i + 2]);
             *odd = bf16::pair(x[4 * i + 1], x[4 * i + 3]);
         }
-    }
-
-    fn pack_left(isa: Isa, x: &[f32], depth: usize, panel: &mut [u32]) {
-        pack::transposed::<Self>(isa, x, depth, 0, ROWS, panel);
     }
 
     fn multiply(&mut self, panels: Panels<'_>) {

@@ -81,15 +81,7 @@ impl<K: Kernel> Vectorized for Rows<'_, K> {
         for (row, x) in self.x.chunks_exact(self.depth).enumerate() {
             let steps = self.panel.chunks_exact_mut(ROWS * TILE);
             for (x, rows) in x.chunks(STEP).zip(steps) {
-                let words = &mut rows[row * TILE..][..TILE];
-                match x.first_chunk() {
-                    Some(x) => K::arrange(x, words),
-                    None => {
-                        let mut last = [0.0; STEP];
-                        last[..x.len()].copy_from_slice(x);
-                        K::arrange(&last, words);
-                    }
-                }
+                K::arrange_part(x, &mut rows[row * TILE..][..TILE]);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The product by fused multiply-adds of f32.
 
-use super::{COLS, Kernel, Panels, STEP, pack};
+use super::{COLS, Kernel, Panels, STEP};
 use crate::kernels::bf16;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
@@ -26,10 +26,6 @@ impl Kernel for Values {
             *even = bf16::round(x[2 * i]);
             *odd = bf16::round(x[2 * i + 1]);
         }
-    }
-
-    fn pack_left(isa: Isa, x: &[f32], depth: usize, panel: &mut [u32]) {
-        pack::transposed::<Self>(isa, x, depth, 0, ROWS, panel);
     }
 
     fn multiply(&mut self, panels: Panels<'_>) {

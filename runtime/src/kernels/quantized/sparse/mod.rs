@@ -25,6 +25,8 @@ use std::ops::Range;
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
 use super::Product;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::activations::FEW;
 use crate::kernels::isa::Isa;
 
 /// Columns that have one code of zero in each row, where the kernels here serve.
@@ -46,6 +48,11 @@ thread_local! {
 
 /// The product of sparse weights.
 pub(super) fn run(isa: Isa, mut product: Product) {
+    // These read activations in rows.
+    #[cfg(target_arch = "x86_64")]
+    const {
+        assert!(few::TOKENS <= FEW && select::TOKENS <= FEW)
+    };
     #[cfg(target_arch = "x86_64")]
     if one_zero_per_step(product.w) && product.x.group().is_multiple_of(STEP) {
         let tokens = product.x.tokens();
