@@ -92,11 +92,18 @@ fn prefill(criterion: &mut Criterion) {
             for isa in Isa::available() {
                 for tokens in [8, 32, 512] {
                     let x = Activations::quantize(isa, &inputs(tokens, cols), cols, w.scheme);
-                    let mut out = vec![0.0; tokens * rows];
+                    // As many rows at a time as in a forward pass.
+                    let chunk = if tokens * cols > 1 << 20 { 256 } else { 128 };
+                    let mut room = vec![0.0; Columns::room(tokens, chunk) + 16];
+                    let start = room.as_ptr().align_offset(64);
+                    let room = &mut room[start..][..Columns::room(tokens, chunk)];
                     group.throughput(Throughput::Elements(2 * (tokens * rows * cols) as u64));
                     group.bench_function(format!("{}/{tokens}", isa.level()), |bencher| {
                         bencher.iter(|| {
-                            matmul(isa, &w, 0..rows, &x, &mut Columns::whole(&mut out, rows))
+                            for first in (0..rows).step_by(chunk) {
+                                let mut out = Columns::in_room(room, tokens, chunk);
+                                matmul(isa, &w, first..first + chunk, &x, &mut out);
+                            }
                         });
                     });
                 }

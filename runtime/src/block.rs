@@ -299,9 +299,8 @@ impl<'m> Block<'m> {
                     gate.rows(cpu, &input, rows.clone(), &mut gates);
                     up.rows(cpu, &input, rows.clone(), &mut ups);
                     for token in 0..tokens {
-                        let (gate, up) = (gates.row(token), ups.row(token));
                         piece.row(cpu.isa, token, |out| {
-                            elementwise::silu_times(cpu.isa, gate, up, out);
+                            elementwise::silu_times(cpu.isa, &mut gates, &mut ups, token, out);
                         });
                     }
                 });

@@ -19,7 +19,13 @@ const CHUNK_ROWS: usize = 128;
 /// some 0.4 µs on Zen 4, a tenth of what 128 rows take: so units are as large as the threads allow.
 const STREAMED_TOKENS: usize = 6;
 
-/// Units that a thread then takes of one linear: some, for threads are not equally fast.
+/// Rows of a unit for which activations come from beyond the second cache: twice as many read them half as often.
+const WIDE_ROWS: usize = 2 * CHUNK_ROWS;
+
+/// Codes of activations that stay in the second cache beside what is made of them.
+const NEAR_CODES: usize = 1 << 20;
+
+/// Units that a thread takes of one linear where they are larger: some, for threads are not equally fast.
 const STREAMS_PER_THREAD: usize = 4;
 
 /// A weight matrix `[rows, cols]`, row major.
@@ -90,13 +96,16 @@ impl Linear<'_> {
 
     /// The rows in units of parallel work, for so many tokens; results do not depend on them.
     pub(crate) fn chunks(&self, cpu: &Cpu, tokens: usize) -> Vec<Range<usize>> {
-        let streamed = cpu.path == Path::Fast && tokens <= STREAMED_TOKENS;
-        let rows = match (streamed, cpu.pool.threads()) {
-            (false, _) => CHUNK_ROWS,
-            (true, 1) => self.rows,
-            (true, threads) => {
+        let most = match cpu.path {
+            Path::Fast if tokens <= STREAMED_TOKENS => usize::MAX,
+            Path::Fast if tokens * self.cols > NEAR_CODES => WIDE_ROWS,
+            _ => CHUNK_ROWS,
+        };
+        let rows = match cpu.pool.threads() {
+            1 => most.min(self.rows),
+            threads => {
                 let chunks = self.rows / CHUNK_ROWS / (threads * STREAMS_PER_THREAD);
-                chunks.max(1) * CHUNK_ROWS
+                (chunks.max(1) * CHUNK_ROWS).min(most)
             }
         };
         let starts = (0..self.rows).step_by(rows);
@@ -146,7 +155,12 @@ impl Linear<'_> {
         }
         if let Some(bias) = &self.bias {
             for token in 0..out.rows() {
-                elementwise::add(cpu.isa, out.row(token), &bias[rows.clone()]);
+                let mut bias = &bias[rows.clone()];
+                for piece in out.pieces(token) {
+                    let now;
+                    (now, bias) = bias.split_at(piece.len());
+                    elementwise::add(cpu.isa, piece, now);
+                }
             }
         }
     }
@@ -174,7 +188,7 @@ impl Linear<'_> {
                 }
             }
             for (token, panel) in panel.chunks_exact(width).enumerate() {
-                out.row(token).copy_from_slice(panel);
+                out.write(token, panel);
             }
         });
     }

@@ -1,24 +1,26 @@
 //! Part of a matrix as one thread writes it.
 
+use super::activations::FEW;
 use super::ahead::{LINE, fetch_near};
 use std::marker::PhantomData;
 
-/// Most columns of a part that has a room of its own.
-pub(super) const WIDTH: usize = 128;
-/// Values from row to row in such a room: a line more than the columns, so that rows lie in all sets of a cache.
-pub(super) const PITCH: usize = WIDTH + 16;
-/// Rows that it is a multiple of.
+/// Columns of a room that lie together: two cache lines from row to row, so that many rows fit into the first cache.
+pub(super) const BAND: usize = 32;
+/// Rows that a room's are a multiple of.
 const ROWS: usize = 16;
 
-/// Neighbouring columns of a row-major matrix, to be written by one thread while others write its other columns.
+/// Neighbouring columns of a matrix, to be written by one thread while others write its other columns.
+///
+/// The matrix is row-major, or a room for these columns alone, for many rows in bands of 32 columns: `[bands, rows, 32]`.
 #[derive(Debug)]
 pub struct Columns<'a> {
     first: *mut f32,
     rows: usize,
     width: usize,
+    /// Elements from one row to the next.
     stride: usize,
-    /// Whether they are in a room of their own: whole rows of it, up to a multiple of 16 of them, may be overwritten.
-    own: bool,
+    /// Elements from one band to the next.
+    band: usize,
     _data: PhantomData<&'a mut [f32]>,
 }
 
@@ -34,32 +36,32 @@ impl<'a> Columns<'a> {
             rows: data.len() / width,
             width,
             stride: width,
-            own: false,
+            band: BAND,
             _data: PhantomData,
         }
     }
 
     /// Values that a room for these columns has.
-    pub(crate) fn room(rows: usize, width: usize) -> usize {
-        match width <= WIDTH {
-            true => rows.next_multiple_of(ROWS) * PITCH,
+    pub fn room(rows: usize, width: usize) -> usize {
+        match rows > FEW {
+            true => rows.next_multiple_of(ROWS) * width.next_multiple_of(BAND),
             false => rows * width,
         }
     }
 
-    /// Columns in a room of their own, where not only they may be overwritten, if they are few.
+    /// Columns in a room of their own: where it is in bands, all of it may be overwritten.
     ///
     /// # Panics
     /// If the room has not as many values as [`Self::room`] says, or `width` is 0.
-    pub(crate) fn in_room(data: &'a mut [f32], rows: usize, width: usize) -> Self {
+    pub fn in_room(data: &'a mut [f32], rows: usize, width: usize) -> Self {
         assert_eq!(data.len(), Self::room(rows, width), "values of a room");
-        match width <= WIDTH {
+        match rows > FEW {
             true => Self {
                 first: data.as_mut_ptr(),
                 rows,
                 width,
-                stride: PITCH,
-                own: true,
+                stride: BAND,
+                band: rows.next_multiple_of(ROWS) * BAND,
                 _data: PhantomData,
             },
             false => Self::whole(data, width),
@@ -76,14 +78,14 @@ impl<'a> Columns<'a> {
             rows,
             width,
             stride,
-            own: false,
+            band: BAND,
             _data: PhantomData,
         }
     }
 
-    /// Whether they are in a room of their own.
-    pub(super) fn own(&self) -> bool {
-        self.own
+    /// Whether they are in a room of bands, and so their own.
+    pub(super) fn in_bands(&self) -> bool {
+        self.band > BAND
     }
 
     /// Rows of the matrix.
@@ -96,17 +98,17 @@ impl<'a> Columns<'a> {
         self.width
     }
 
-    /// Elements from one row of the matrix to the next.
-    pub fn stride(&self) -> usize {
-        self.stride
+    /// Elements from one row to the next, and from one band of 32 columns to the next.
+    pub(super) fn strides(&self) -> [usize; 2] {
+        [self.stride, self.band]
     }
 
-    /// The first element; those of row `r` follow at `r · stride`. Only they may be touched through it.
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+    /// The first element. Only elements of these columns may be touched through it, or, in bands, of the whole room.
+    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.first
     }
 
-    /// Starts to bring a row, which need not exist, into the first cache.
+    /// Starts to bring a row of a matrix, which need not exist, into the first cache.
     #[inline(always)]
     pub(super) fn fetch(&self, row: usize) {
         let first = self.first.wrapping_add(row * self.stride);
@@ -116,14 +118,55 @@ impl<'a> Columns<'a> {
         }
     }
 
-    /// This part of row `row`.
+    /// This part of row `row`, where rows lie together.
+    ///
+    /// # Panics
+    /// If there is no such row, or they are in bands.
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(!self.in_bands(), "rows in bands");
+        self.pieces(row).next().unwrap_or_default()
+    }
+
+    /// This part of row `row`, as far as it lies together.
     ///
     /// # Panics
     /// If there is no such row.
-    pub fn row(&mut self, row: usize) -> &mut [f32] {
+    #[inline(always)]
+    pub fn pieces(&mut self, row: usize) -> impl Iterator<Item = &mut [f32]> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: whoever made this value had the whole matrix borrowed mutably for `'a`, and gives these columns to
-        // no one else; `row` and the width lie inside it.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.width) }
+        let (first, width, band) = (self.first, self.width, self.band);
+        let first = first.wrapping_add(row * self.stride);
+        let together = if self.in_bands() { BAND } else { width.max(1) };
+        (0..width).step_by(together).map(move |column| {
+            let len = together.min(width - column);
+            // SAFETY: whoever made this value had the whole matrix borrowed mutably for `'a`, and gives these columns to
+            // no one else; the row and the columns lie inside it, and pieces apart from each other.
+            unsafe { std::slice::from_raw_parts_mut(first.add(column / BAND * band), len) }
+        })
+    }
+
+    /// Writes one element.
+    ///
+    /// # Panics
+    /// If there is no such row or column.
+    #[inline(always)]
+    pub(super) fn put(&mut self, row: usize, column: usize, value: f32) {
+        assert!(row < self.rows && column < self.width);
+        let at = row * self.stride + column / BAND * self.band + column % BAND;
+        // SAFETY: as above, for one element.
+        unsafe { self.first.add(at).write(value) }
+    }
+
+    /// Writes row `row`.
+    ///
+    /// # Panics
+    /// If there is no such row, or `values` are not as many as the columns.
+    pub(crate) fn write(&mut self, row: usize, mut values: &[f32]) {
+        assert_eq!(values.len(), self.width, "values of a row");
+        for piece in self.pieces(row) {
+            let now;
+            (now, values) = values.split_at(piece.len());
+            piece.copy_from_slice(now);
+        }
     }
 }

@@ -40,7 +40,7 @@ pub(crate) fn matmul_dense(
     assert_eq!(out.width(), rows.len(), "columns for rows {rows:?}");
     for (at, row) in rows.enumerate() {
         let elements = row * cols..(row + 1) * cols;
-        let mut write = |token: usize, y: f32| out.row(token)[at] = y;
+        let mut write = |token: usize, y: f32| out.put(token, at, y);
         match weight {
             Dense::Owned(values) => isa.run(Row {
                 weights: F32(&values[elements]),

@@ -80,10 +80,10 @@ impl Vectorized for Add<'_> {
     }
 }
 
-/// `x += y`.
+/// `x += y`, where the rows of `x` lie together.
 ///
 /// # Panics
-/// If they have different shapes.
+/// If they have different shapes, or `x` is in bands.
 pub(crate) fn add_columns(isa: Isa, x: &mut Columns<'_>, y: &mut Columns<'_>) {
     assert_eq!([x.rows(), x.width()], [y.rows(), y.width()]);
     isa.run(AddColumns { x, y });
@@ -103,8 +103,12 @@ impl Vectorized for AddColumns<'_, '_, '_> {
         for row in 0..x.rows() {
             // Rows are far apart, so that the core does not see the next ones coming.
             x.fetch(row + AHEAD);
-            let (x, y) = (x.row(row), y.row(row));
-            Add { x, y }.run();
+            let mut x = x.row(row);
+            for y in y.pieces(row) {
+                let now;
+                (now, x) = x.split_at_mut(y.len());
+                Add { x: now, y }.run();
+            }
         }
     }
 }
@@ -128,24 +132,40 @@ impl Vectorized for Scale<'_> {
     }
 }
 
-/// `out = silu(gate) · up`.
-pub(crate) fn silu_times(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    isa.run(SiluTimes { gate, up, out });
+/// `out = silu(gate) · up` for one row.
+///
+/// # Panics
+/// If they are not as wide as each other.
+pub(crate) fn silu_times(
+    isa: Isa,
+    gate: &mut Columns<'_>,
+    up: &mut Columns<'_>,
+    row: usize,
+    out: &mut [f32],
+) {
+    assert_eq!([gate.width(), up.width()], [out.len(); 2]);
+    isa.run(SiluTimes { gate, up, row, out });
 }
 
-struct SiluTimes<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    out: &'a mut [f32],
+struct SiluTimes<'c, 'a, 'b> {
+    gate: &'c mut Columns<'a>,
+    up: &'c mut Columns<'b>,
+    row: usize,
+    out: &'c mut [f32],
 }
 
-impl Vectorized for SiluTimes<'_> {
+impl Vectorized for SiluTimes<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
-            *out = *gate / (1.0 + math::exp(-*gate)) * up;
+        let mut out = self.out;
+        for (gate, up) in self.gate.pieces(self.row).zip(self.up.pieces(self.row)) {
+            let now;
+            (now, out) = out.split_at_mut(gate.len());
+            for ((out, gate), up) in now.iter_mut().zip(gate).zip(up) {
+                *out = *gate / (1.0 + math::exp(-*gate)) * *up;
+            }
         }
     }
 }

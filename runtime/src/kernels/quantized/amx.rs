@@ -15,20 +15,20 @@ use super::blocks::parts;
 use super::output::{Line, Panels, Rows};
 use super::panel::{Panel, VECTOR};
 use crate::kernels::activations::{Activations, BLOCK, Group, TILE, Tiles as Arranged};
-use crate::kernels::ahead::fetch_near;
-use crate::kernels::columns::{PITCH, WIDTH};
+use crate::kernels::ahead::{LINE, fetch_near};
+use crate::kernels::columns::BAND;
 use crate::kernels::isa::{Isa, Vectorized};
 
-/// Columns that are unpacked at a time: two panels of them take 64 KiB.
-const COLS: usize = 2048;
+/// Columns that are unpacked at a time: two panels of them take 32 KiB, and what belongs to them of 512 tokens 512 KiB.
+const COLS: usize = 1024;
 /// Columns of the smallest group.
 const SMALLEST: usize = 32;
 /// Rows of the result that are fetched before they are written: the third cache of CPUs with AMX is far from a core.
 const AHEAD: usize = 16;
 /// How far ahead the codes of each panel are fetched, in bytes.
 const CODES_AHEAD: usize = 2048;
-/// Panels whose results have a place in a row of them.
-const STRIP: usize = WIDTH / TILE_ROWS;
+/// Most panels for which the same columns of all tokens pass by, one pair of them after the other.
+const STRIP: usize = 16;
 
 /// What belongs to the codes of a group of two panels, `[panel][row]`.
 #[derive(Clone, Copy)]
@@ -53,22 +53,42 @@ pub(super) struct Operands<'a> {
     pub(super) offsets: bool,
     /// Whether these are the first groups, so that it does not matter what the results are before.
     pub(super) first: bool,
+    /// Where lines begin, one for each tile of each group, to be brought into the second cache meanwhile; a hint only.
+    pub(super) ahead: *const u8,
 }
 
-/// Room for the sums of a tile, `[panel, token, row]`.
+/// Room for the sums of a tile, and for what the instructions have no register for.
 #[repr(C, align(2048))]
-pub(super) struct Sums([[[i32; TILE_ROWS]; TILE]; 2]);
+pub(super) struct Scratch {
+    /// `[panel, token, row]`.
+    sums: [[[i32; TILE_ROWS]; TILE]; 2],
+    /// Tiles of tokens.
+    tiles: usize,
+    /// The first result.
+    y: *mut f32,
+    /// Bytes between the results before the group, from tile to tile.
+    apart: usize,
+}
+
+impl Scratch {
+    const EMPTY: Self = Self {
+        sums: [[[0; TILE_ROWS]; TILE]; 2],
+        tiles: 0,
+        y: std::ptr::null_mut(),
+        apart: 0,
+    };
+}
 
 /// The instructions. A value of an implementation is the proof that they may be executed.
 pub(super) trait Tiles {
     /// Prepares for groups of so many `steps` of `depth` columns.
     fn configure(&mut self, depth: usize, steps: usize);
 
-    /// Adds the product, group after group, to the rows of `y`, or writes it there; `sums` is room.
+    /// Adds the product, group after group, to the rows of `y`, or writes it there.
     ///
     /// # Panics
     /// If an operand is too short.
-    fn multiply(&mut self, operands: Operands, sums: &mut Sums, y: &mut Rows<'_>);
+    fn multiply(&mut self, operands: Operands, scratch: &mut Scratch, y: &mut Rows<'_>);
 
     /// Gives the tiles back, so that a switch of threads need not save them.
     fn release(&mut self);
@@ -105,7 +125,7 @@ pub(super) fn run<T: Tiles>(isa: Isa, mut tiles: T, arranged: &Arranged, mut pro
             match product.out.spacious(strip.panels.clone()) {
                 Some(mut y) => strip.multiply(&mut tiles, &mut y),
                 None => {
-                    let mut y = Rows::of(results, tokens);
+                    let mut y = Rows::of(results, tokens, strip.panels.len());
                     strip.multiply(&mut tiles, &mut y);
                     let (out, panels) = (&mut product.out, strip.panels);
                     isa.run(Write {
@@ -137,32 +157,77 @@ impl Strip<'_> {
         let Self {
             isa, arranged, x, ..
         } = *self;
-        let mut sums = Sums([[[0; TILE_ROWS]; TILE]; 2]);
-        for groups in parts(0..x.groups(), COLS / x.group()) {
-            for (pair, first) in self.panels.clone().step_by(2).enumerate() {
-                isa.run(Unpack {
-                    w: self.w,
-                    x,
-                    pair: [first, (first + 1).min(self.panels.end - 1)],
-                    groups: groups.clone(),
-                    weights: self.weights,
-                });
-                for block in 0..arranged.blocks() {
-                    let (a, a_groups) = arranged.groups(block, groups.clone());
-                    let rows = block * BLOCK * TILE
-                        ..(block * BLOCK + a_groups.len() / groups.len()) * TILE;
-                    let mut y = y.pair(rows, pair);
-                    let operands = Operands {
-                        a,
-                        a_groups,
-                        b: self.weights.codes.as_flattened(),
-                        b_groups: &self.weights.groups[..groups.len()],
-                        offsets: self.weights.offsets,
-                        first: groups.start == 0,
-                    };
-                    tiles.multiply(operands, &mut sums, &mut y);
-                }
+        let mut scratch = Scratch::EMPTY;
+        let pairs = self.panels.clone().step_by(2).enumerate();
+        let parts = parts(0..x.groups(), COLS / x.group());
+        let mut steps = parts
+            .flat_map(|groups| pairs.clone().map(move |pair| (groups.clone(), pair)))
+            .peekable();
+        while let Some((groups, (pair, first))) = steps.next() {
+            isa.run(Unpack {
+                w: self.w,
+                x,
+                pair: [first, (first + 1).min(self.panels.end - 1)],
+                groups: groups.clone(),
+                weights: self.weights,
+            });
+            // After the last of these panels their neighbours are likely to be next.
+            let mut ahead = match steps.peek() {
+                Some((groups, (_, first))) => Ahead::of(self.w, x, *first, groups.clone()),
+                None => Ahead::of(self.w, x, self.panels.end, 0..groups.len()),
+            };
+            for block in 0..arranged.blocks() {
+                let (a, a_groups) = arranged.groups(block, groups.clone());
+                let rows =
+                    block * BLOCK * TILE..(block * BLOCK + a_groups.len() / groups.len()) * TILE;
+                let mut y = y.pair(rows, pair);
+                let operands = Operands {
+                    a,
+                    a_groups,
+                    b: self.weights.codes.as_flattened(),
+                    b_groups: &self.weights.groups[..groups.len()],
+                    offsets: self.weights.offsets,
+                    first: groups.start == 0,
+                    ahead: ahead.lines(a_groups.len()),
+                };
+                tiles.multiply(operands, &mut scratch, &mut y);
             }
+        }
+    }
+}
+
+/// The codes that are unpacked next: multiplying leaves memory idle.
+struct Ahead<'a> {
+    /// Those of two panels, of which the second may not exist.
+    codes: [&'a [u8]; 2],
+    at: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// Those of two panels from `first` on, nothing where there are none.
+    fn of(w: &QuantizedView<'a>, x: &Activations, first: usize, groups: Range<usize>) -> Self {
+        let group = x.group() * TILE_ROWS * usize::from(w.scheme.bits) / 8;
+        let part = |panel| match panel < w.rows.div_ceil(TILE_ROWS) {
+            true => {
+                let codes = Panel::of(w, panel).codes;
+                &codes[groups.start * group..codes.len().min(groups.end * group)]
+            }
+            false => &[],
+        };
+        Self {
+            codes: [part(first), part(first + 1)],
+            at: 0,
+        }
+    }
+
+    /// Where the next `count` lines begin. Some of the second panel may be left out.
+    fn lines(&mut self, count: usize) -> *const u8 {
+        let start = self.at;
+        self.at += count * LINE;
+        let [first, second] = self.codes;
+        match start.checked_sub(first.len()) {
+            None => first.as_ptr().wrapping_add(start),
+            Some(start) => second.as_ptr().wrapping_add(start),
         }
     }
 }
@@ -290,8 +355,9 @@ mod instructions {
     //! [`Tiles`] by AMX-INT8. Nothing lives in tiles between two blocks of assembly.
 
     use std::arch::asm;
+    use std::mem::offset_of;
 
-    use super::{Group, Operands, PITCH, Rows, Scales, Sums, TILE, Tiles, VECTOR};
+    use super::{BAND, Group, Operands, Rows, Scales, Scratch, TILE, Tiles, VECTOR};
     use crate::kernels::isa::{Isa, Level};
     use crate::kernels::tile_config::TileConfig;
 
@@ -310,117 +376,165 @@ mod instructions {
 
     /// What results are before the first group.
     #[repr(C, align(64))]
-    struct Zeros([[f32; PITCH]; TILE]);
+    struct Zeros([[f32; BAND]; TILE]);
 
-    static ZEROS: Zeros = Zeros([[0.0; PITCH]; TILE]);
+    static ZEROS: Zeros = Zeros([[0.0; BAND]; TILE]);
 
-    /// The sums of one of the 16 tokens before these, scaled and added to the result.
+    /// The sums of one of the 16 tokens before these and one panel, scaled and added to the result.
     macro_rules! scale {
-        (none, $r:literal) => {
-            ""
-        };
-        ($kind:ident, $r:literal) => {
+        ($kind:ident, $panel:tt, $r:literal) => {
             concat!(
-                "vbroadcastss zmm4, dword ptr [{a_groups} - 128 + 4*",
+                "vmulps zmm4, zmm",
+                $panel,
+                ", dword ptr [{a_groups} - 128 + 4*",
+                $r,
+                "]{{1to16}}\n",
+                convert!($kind, $panel, $r),
+                "vfmadd213ps zmm5, zmm4, zmmword ptr [{before} + 64*",
+                $panel,
+                " + 128*",
                 $r,
                 "]\n",
-                "vmulps zmm5, zmm4, zmm0\n",
-                "vmulps zmm6, zmm4, zmm1\n",
-                convert!($kind, $r),
-                "vfmadd213ps zmm7, zmm5, zmmword ptr [{before} + 576*",
+                "vmovaps zmmword ptr [{y} + 64*",
+                $panel,
+                " + 128*",
                 $r,
-                "]\n",
-                "vfmadd213ps zmm8, zmm6, zmmword ptr [{before} + 64 + 576*",
-                $r,
-                "]\n",
-                "vmovaps zmmword ptr [{y} + 576*",
-                $r,
-                "], zmm7\n",
-                "vmovaps zmmword ptr [{y} + 64 + 576*",
-                $r,
-                "], zmm8\n",
+                "], zmm5\n",
             )
         };
     }
 
     /// A token's sums in f32, less what its codes are still off.
     macro_rules! convert {
-        (plain, $r:literal) => {
+        (plain, $panel:tt, $r:literal) => {
             concat!(
-                "vcvtdq2ps zmm7, zmmword ptr [{sums} + 64*",
-                $r,
-                "]\n",
-                "vcvtdq2ps zmm8, zmmword ptr [{sums} + 1024 + 64*",
+                "vcvtdq2ps zmm5, zmmword ptr [{sums} + 1024*",
+                $panel,
+                " + 64*",
                 $r,
                 "]\n",
             )
         };
-        (offsets, $r:literal) => {
+        (offsets, $panel:tt, $r:literal) => {
             concat!(
-                "vmovdqa32 zmm7, zmmword ptr [{sums} + 64*",
+                "vmovdqa32 zmm5, zmmword ptr [{sums} + 1024*",
+                $panel,
+                " + 64*",
                 $r,
                 "]\n",
-                "vmovdqa32 zmm8, zmmword ptr [{sums} + 1024 + 64*",
+                "vpdpwssd zmm5, zmm2",
+                $panel,
+                ", dword ptr [{a_groups} - 64 + 4*",
                 $r,
-                "]\n",
-                "vpbroadcastd zmm4, dword ptr [{a_groups} - 64 + 4*",
-                $r,
-                "]\n",
-                "vpdpwssd zmm7, zmm2, zmm4\n",
-                "vpdpwssd zmm8, zmm3, zmm4\n",
-                "vcvtdq2ps zmm7, zmm7\n",
-                "vcvtdq2ps zmm8, zmm8\n",
+                "]{{1to16}}\n",
+                "vcvtdq2ps zmm5, zmm5\n",
             )
         };
     }
 
-    /// The same of four of them.
-    macro_rules! scale_four {
-        ($kind:ident, $a:literal $b:literal $c:literal $d:literal) => {
+    /// Brings codes of tokens that come soon into the first cache, with one panel of the two.
+    macro_rules! fetch {
+        (2, 0, $r:literal) => {
             concat!(
-                scale!($kind, $a),
-                scale!($kind, $b),
-                scale!($kind, $c),
-                scale!($kind, $d)
+                "prefetcht0 byte ptr [{a} + 3072 + 128*",
+                $r,
+                "]\n",
+                "prefetcht0 byte ptr [{a} + 3136 + 128*",
+                $r,
+                "]\n",
+            )
+        };
+        (1, 0, $r:literal) => {
+            concat!("prefetcht0 byte ptr [{a} + 3072 + 64*", $r, "]\n")
+        };
+        ($steps:tt, $panel:tt, $r:literal) => {
+            ""
+        };
+    }
+
+    /// Some of the 16 tokens.
+    macro_rules! tokens {
+        (none, $steps:tt, $panel:tt, $($r:literal)*) => {
+            ""
+        };
+        ($kind:ident, $steps:tt, $panel:tt, $($r:literal)*) => {
+            concat!($(scale!($kind, $panel, $r), fetch!($steps, $panel, $r)),*)
+        };
+    }
+
+    /// The products of 16 tokens and a panel, and meanwhile the sums of those before them; in the middle of it the sums of the
+    /// other panel are stored, which are complete by then.
+    macro_rules! panel {
+        ($kind:ident, $steps:tt, $row:literal, $panel:tt) => {
+            concat!(
+                "tilezero tmm",
+                $panel,
+                "\n",
+                products!($steps, $row, $panel),
+                tokens!($kind, $steps, $panel, "0" "1" "2" "3" "4" "5" "6" "7"),
+                store!($kind, $panel),
+                tokens!($kind, $steps, $panel, "8" "9" "10" "11" "12" "13" "14" "15"),
             )
         };
     }
 
-    /// The products of 16 tokens, and meanwhile the sums of those before them.
-    macro_rules! tile {
-        ($kind:ident, 1, $row:literal) => {
+    /// Those products.
+    macro_rules! products {
+        (1, $row:literal, 0) => {
             concat!(
-                "tilezero tmm0\n",
-                "tilezero tmm1\n",
                 "tileloadd tmm2, [{a} + ",
                 $row,
                 "*{half}]\n",
                 "tdpbssd tmm0, tmm2, tmm4\n",
-                scale_four!($kind, "0" "1" "2" "3"),
-                scale_four!($kind, "4" "5" "6" "7"),
-                "tdpbssd tmm1, tmm2, tmm6\n",
-                scale_four!($kind, "8" "9" "10" "11"),
-                scale_four!($kind, "12" "13" "14" "15"),
             )
         };
-        ($kind:ident, 2, $row:literal) => {
+        (1, $row:literal, 1) => {
+            "tdpbssd tmm1, tmm2, tmm6\n"
+        };
+        (2, $row:literal, 0) => {
             concat!(
-                "tilezero tmm0\n",
-                "tilezero tmm1\n",
                 "tileloadd tmm2, [{a} + ",
                 $row,
                 "*{half}]\n",
-                "tdpbssd tmm0, tmm2, tmm4\n",
-                scale_four!($kind, "0" "1" "2" "3"),
-                "tdpbssd tmm1, tmm2, tmm6\n",
-                scale_four!($kind, "4" "5" "6" "7"),
                 "tileloadd tmm3, [{a} + 1024 + ",
                 $row,
                 "*{half}]\n",
+                "tdpbssd tmm0, tmm2, tmm4\n",
                 "tdpbssd tmm0, tmm3, tmm5\n",
-                scale_four!($kind, "8" "9" "10" "11"),
-                "tdpbssd tmm1, tmm3, tmm7\n",
-                scale_four!($kind, "12" "13" "14" "15"),
+            )
+        };
+        (2, $row:literal, 1) => {
+            "tdpbssd tmm1, tmm2, tmm6\ntdpbssd tmm1, tmm3, tmm7\n"
+        };
+    }
+
+    /// Stores the sums of the panel that is not being multiplied; before the first tokens there are none of the second.
+    macro_rules! store {
+        (none, 0) => {
+            ""
+        };
+        ($kind:ident, 0) => {
+            "tilestored [{sums} + 2*{half} + 1024], tmm1\n"
+        };
+        ($kind:ident, 1) => {
+            "tilestored [{sums} + 2*{half}], tmm0\n"
+        };
+    }
+
+    /// The products of 16 tokens, from which it goes on to the next.
+    macro_rules! tile {
+        ($kind:ident, $steps:tt, $tile:literal, $row:literal) => {
+            concat!(
+                panel!($kind, $steps, $row, 0),
+                panel!($kind, $steps, $row, 1),
+                "add {a}, ",
+                $steps,
+                "*",
+                $tile,
+                "\n",
+                "add {a_groups}, 128\n",
+                "prefetcht1 byte ptr [{ahead}]\n",
+                "add {ahead}, 64\n",
             )
         };
     }
@@ -451,53 +565,36 @@ mod instructions {
         };
     }
 
-    /// Keeps the sums of 16 tokens and goes on to the next.
-    macro_rules! next {
-        ($steps:literal, $tile:literal) => {
-            concat!(
-                "tilestored [{sums} + 2*{half}], tmm0\n",
-                "tilestored [{sums} + 2*{half} + 1024], tmm1\n",
-                "add {a}, ",
-                $steps,
-                "*",
-                $tile,
-                "\n",
-                "add {a_groups}, 128\n",
-            )
-        };
-    }
-
-    /// Reads what two panels' rows are scaled by.
+    /// Reads what two panels' rows are scaled by, to registers 0 and 1, and what their codes are off, to 20 and 21.
     macro_rules! scales {
         () => {
             "vmovaps zmm0, zmmword ptr [{b_groups}]
              vmovaps zmm1, zmmword ptr [{b_groups} + 64]
-             vmovdqa32 zmm2, zmmword ptr [{b_groups} + 128]
-             vmovdqa32 zmm3, zmmword ptr [{b_groups} + 192]"
+             vmovdqa32 zmm20, zmmword ptr [{b_groups} + 128]
+             vmovdqa32 zmm21, zmmword ptr [{b_groups} + 192]"
         };
     }
 
     /// All tiles of all groups; the sums of the last tile of a group are scaled while the next group begins.
     macro_rules! multiply {
-        ($kind:ident, $steps:tt, $tile:literal, $row:literal, $x:expr, $sums:expr, $y:expr) => {{
+        ($kind:ident, $steps:tt, $tile:literal, $row:literal, $x:expr, $scratch:expr, $y:expr) => {{
             let (before, apart) = match $x.first {
                 true => (ZEROS.0.as_flattened().as_ptr(), 0),
-                false => ($y.as_mut_ptr().cast_const(), TILE * PITCH * size_of::<f32>()),
+                false => ($y.as_mut_ptr().cast_const(), TILE * BAND * size_of::<f32>()),
             };
+            ($scratch.tiles, $scratch.y, $scratch.apart) = ($y.rows() / TILE, $y.as_mut_ptr(), apart);
             asm!(
                 weights!($steps, $tile),
                 scales!(),
-                tile!(none, $steps, $row),
-                next!($steps, $tile),
+                tile!(none, $steps, $tile, $row),
                 "2:",
-                "mov {left}, {tiles}",
+                "mov {left}, qword ptr [{sums} + 2048]",
                 "dec {left}",
                 "jz 4f",
                 "3:",
-                tile!($kind, $steps, $row),
-                next!($steps, $tile),
-                "add {y}, 16*576",
-                "add {before}, {apart}",
+                tile!($kind, $steps, $tile, $row),
+                "add {y}, 16*128",
+                "add {before}, qword ptr [{sums} + 2064]",
                 "dec {left}",
                 "jnz 3b",
                 "4:",
@@ -505,36 +602,32 @@ mod instructions {
                 "jz 5f",
                 concat!("add {b}, 2*", $steps, "*", $tile),
                 weights!($steps, $tile),
-                tile!($kind, $steps, $row),
-                next!($steps, $tile),
-                "mov {y}, {first}",
-                "mov {before}, {first}",
-                "mov {apart}, 16*576",
+                tile!($kind, $steps, $tile, $row),
+                "mov {y}, qword ptr [{sums} + 2056]",
+                "mov {before}, {y}",
+                "mov qword ptr [{sums} + 2064], 16*128",
                 "add {b_groups}, 256",
                 scales!(),
                 "jmp 2b",
                 "5:",
-                scale_four!($kind, "0" "1" "2" "3"),
-                scale_four!($kind, "4" "5" "6" "7"),
-                scale_four!($kind, "8" "9" "10" "11"),
-                scale_four!($kind, "12" "13" "14" "15"),
+                store!($kind, 0),
+                tokens!($kind, 0, 0, "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "10" "11" "12" "13" "14" "15"),
+                tokens!($kind, 0, 1, "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "10" "11" "12" "13" "14" "15"),
                 a = inout(reg) $x.a.as_ptr() => _,
                 a_groups = inout(reg) $x.a_groups.as_ptr() => _,
                 b = inout(reg) $x.b.as_ptr() => _,
                 b_groups = inout(reg) $x.b_groups.as_ptr() => _,
                 groups = inout(reg) $x.b_groups.len() => _,
-                tiles = in(reg) $y.rows() / TILE,
                 left = out(reg) _,
-                first = in(reg) $y.as_mut_ptr(),
                 y = inout(reg) $y.as_mut_ptr() => _,
                 before = inout(reg) before => _,
-                apart = inout(reg) apart => _,
-                sums = in(reg) $sums,
+                ahead = inout(reg) $x.ahead => _,
+                sums = in(reg) $scratch,
                 half = in(reg) VECTOR / 2,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
-                out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _,
+                out("zmm0") _, out("zmm1") _, out("zmm4") _, out("zmm5") _, out("zmm20") _,
+                out("zmm21") _,
                 options(nostack),
             )
         }};
@@ -554,10 +647,11 @@ mod instructions {
             (self.depth, self.steps) = (depth, steps);
         }
 
-        fn multiply(&mut self, x: Operands, sums: &mut Sums, y: &mut Rows<'_>) {
+        fn multiply(&mut self, x: Operands, scratch: &mut Scratch, y: &mut Rows<'_>) {
             const { assert!(size_of::<Group>() == 128 && size_of::<Scales>() == 256) };
-            const { assert!(size_of::<Sums>() == 2048) };
-            const { assert!(PITCH * size_of::<f32>() == 576) };
+            const { assert!(offset_of!(Scratch, tiles) == 2048 && offset_of!(Scratch, y) == 2056) };
+            const { assert!(offset_of!(Scratch, apart) == 2064) };
+            const { assert!(BAND * size_of::<f32>() == 128) };
             let (depth, tiles, groups) = (self.depth, y.rows() / TILE, x.b_groups.len());
             let bytes = self.steps * depth * TILE;
             assert!(
@@ -574,12 +668,12 @@ mod instructions {
             // the lengths just checked; sums and results are whole values, aligned to vectors.
             unsafe {
                 match (depth, self.steps, x.offsets) {
-                    (64, 2, false) => multiply!(plain, 2, "1024", "2", x, sums, y),
-                    (64, 2, true) => multiply!(offsets, 2, "1024", "2", x, sums, y),
-                    (64, 1, false) => multiply!(plain, 1, "1024", "2", x, sums, y),
-                    (64, 1, true) => multiply!(offsets, 1, "1024", "2", x, sums, y),
-                    (32, 1, false) => multiply!(plain, 1, "512", "1", x, sums, y),
-                    (32, 1, true) => multiply!(offsets, 1, "512", "1", x, sums, y),
+                    (64, 2, false) => multiply!(plain, 2, "1024", "2", x, scratch, y),
+                    (64, 2, true) => multiply!(offsets, 2, "1024", "2", x, scratch, y),
+                    (64, 1, false) => multiply!(plain, 1, "1024", "2", x, scratch, y),
+                    (64, 1, true) => multiply!(offsets, 1, "1024", "2", x, scratch, y),
+                    (32, 1, false) => multiply!(plain, 1, "512", "1", x, scratch, y),
+                    (32, 1, true) => multiply!(offsets, 1, "512", "1", x, scratch, y),
                     (_, steps, _) => unreachable!("{steps} steps of {depth} columns"),
                 }
             }
@@ -632,7 +726,7 @@ pub(super) mod tests {
             (self.depth, self.steps) = (depth, steps);
         }
 
-        fn multiply(&mut self, x: Operands, _: &mut Sums, y: &mut Rows<'_>) {
+        fn multiply(&mut self, x: Operands, _: &mut Scratch, y: &mut Rows<'_>) {
             let bytes = self.steps * self.depth * TILE;
             let tiles = y.rows() / TILE;
             for (group, scales) in x.b_groups.iter().enumerate() {

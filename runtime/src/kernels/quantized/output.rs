@@ -9,19 +9,20 @@ use crate::kernels::Columns;
 #[cfg(any(target_arch = "x86_64", test))]
 use crate::kernels::activations::TILE;
 use crate::kernels::ahead::fetch_near;
-use crate::kernels::columns::PITCH;
-#[cfg(any(target_arch = "x86_64", test))]
-use crate::kernels::columns::WIDTH;
+use crate::kernels::columns::BAND;
 
 /// Some panels of 16 rows of a result, handed out to one thread.
 pub(super) struct Panels<'a> {
     first: *mut f32,
-    stride: usize,
+    /// Values from token to token, and from 32 columns to the next 32.
+    strides: [usize; 2],
     tokens: usize,
     /// Rows of the weights.
     rows: Range<usize>,
-    /// Values of each row from the first on that may be overwritten; 0 where others write their columns.
-    spare: usize,
+    /// Columns before those.
+    before: usize,
+    /// Columns of the room in bands that this is in; 0 where others write their columns.
+    room: usize,
     borrow: PhantomData<&'a mut [f32]>,
 }
 
@@ -35,11 +36,15 @@ impl<'a> Panels<'a> {
         assert_eq!(columns.width(), rows.len(), "columns for rows {rows:?}");
         assert!(rows.start.is_multiple_of(TILE_ROWS), "rows {rows:?}");
         Self {
-            stride: columns.stride(),
+            strides: columns.strides(),
             tokens: columns.rows(),
+            room: match columns.in_bands() {
+                true => columns.width().next_multiple_of(BAND),
+                false => 0,
+            },
             first: columns.as_mut_ptr(),
-            spare: if columns.own() { PITCH } else { 0 },
             rows,
+            before: 0,
             borrow: PhantomData,
         }
     }
@@ -58,8 +63,7 @@ impl<'a> Panels<'a> {
             self.rows
         );
         Panels {
-            first: self.first.wrapping_add(start - self.rows.start),
-            spare: self.spare.saturating_sub(start - self.rows.start),
+            before: self.before + start - self.rows.start,
             rows: 0..end - start,
             ..*self
         }
@@ -109,12 +113,13 @@ impl<'a> Panels<'a> {
     pub(super) fn spacious(&mut self, panels: Range<usize>) -> Option<Rows<'_>> {
         let row = panels.start * TILE_ROWS;
         assert!(self.rows.contains(&row) && panels.end <= self.rows.end.div_ceil(TILE_ROWS));
-        let (column, count) = (row - self.rows.start, panels.len().next_multiple_of(2));
-        let first = self.first.wrapping_add(column);
-        let on_lines = first.addr().is_multiple_of(align_of::<Line>());
-        (on_lines && column + count * TILE_ROWS <= self.spare).then(|| Rows {
-            first,
+        let (column, count) = (self.column(row), panels.len().next_multiple_of(2));
+        let on_lines = self.first.addr().is_multiple_of(align_of::<Line>());
+        let fits = column.is_multiple_of(BAND) && column + count * TILE_ROWS <= self.room;
+        (on_lines && fits).then(|| Rows {
+            first: self.at(0, column),
             rows: self.tokens.next_multiple_of(TILE),
+            band: self.strides[1],
             panels: count,
             borrow: PhantomData,
         })
@@ -137,11 +142,12 @@ impl<'a> Panels<'a> {
     ) -> Block<'_, P, T> {
         let row = panel * TILE_ROWS;
         assert!(self.rows.contains(&row) && self.holds(panel + P) && token + T <= self.tokens);
+        let column = self.column(row);
+        // Two panels from here on lie together, and then the next two.
+        assert!(P == 1 || column.is_multiple_of(BAND) || self.room == 0);
         Block {
-            first: self
-                .first
-                .wrapping_add(token * self.stride + (row - self.rows.start)),
-            stride: self.stride,
+            first: self.at(token, column),
+            strides: self.strides,
             borrow: PhantomData,
         }
     }
@@ -152,12 +158,19 @@ impl<'a> Panels<'a> {
         assert!(self.rows.contains(&row) && token < self.tokens);
         let len = TILE_ROWS.min(self.rows.end - row);
         // SAFETY: token and row are inside the columns, which are borrowed mutably for this value alone.
-        unsafe {
-            let first = self
-                .first
-                .add(token * self.stride + (row - self.rows.start));
-            std::slice::from_raw_parts_mut(first, len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.at(token, self.column(row)), len) }
+    }
+
+    /// The column of a row of the weights.
+    fn column(&self, row: usize) -> usize {
+        self.before + (row - self.rows.start)
+    }
+
+    /// Where a column of a token is.
+    fn at(&self, token: usize, column: usize) -> *mut f32 {
+        let [token_stride, band] = self.strides;
+        let column = column / BAND * band + column % BAND;
+        self.first.wrapping_add(token * token_stride + column)
     }
 }
 
@@ -179,7 +192,8 @@ impl<const P: usize> Near<P> {
 /// The results of `P` whole panels for `T` tokens.
 pub(super) struct Block<'a, const P: usize, const T: usize> {
     first: *mut f32,
-    stride: usize,
+    /// Values from token to token, and from two panels to the next two.
+    strides: [usize; 2],
     borrow: PhantomData<&'a mut [f32]>,
 }
 
@@ -190,7 +204,7 @@ impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
         const { assert!(T <= TOKENS) };
         Self {
             first: values.0.as_mut_ptr().cast(),
-            stride: P * TILE_ROWS,
+            strides: [P * TILE_ROWS, BAND],
             borrow: PhantomData,
         }
     }
@@ -214,7 +228,9 @@ impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
     /// Where they are, to be fetched.
     #[inline(always)]
     pub(super) fn at(&self, t: usize, p: usize) -> *mut f32 {
-        self.first.wrapping_add(t * self.stride + p * TILE_ROWS)
+        let [token, band] = self.strides;
+        self.first
+            .wrapping_add(t * token + p / 2 * band + p % 2 * TILE_ROWS)
     }
 }
 
@@ -224,11 +240,13 @@ impl<'a, const P: usize, const T: usize> Block<'a, P, T> {
 #[repr(C, align(64))]
 pub(super) struct Line([f32; TILE_ROWS]);
 
-/// Results of whole tiles of tokens, [`PITCH`] values from one token to the next, on whole lines.
+/// Results of whole tiles of tokens on whole lines, two panels at a time: `[pair, token, 2, 16]`.
 #[cfg(any(target_arch = "x86_64", test))]
 pub(super) struct Rows<'a> {
     first: *mut f32,
     rows: usize,
+    /// Values from one pair to the next.
+    band: usize,
     /// An even number.
     panels: usize,
     borrow: PhantomData<&'a mut [f32]>,
@@ -236,15 +254,16 @@ pub(super) struct Rows<'a> {
 
 #[cfg(any(target_arch = "x86_64", test))]
 impl<'a> Rows<'a> {
-    /// Those of [`WIDTH`] rows of the weights, in `room`, which grows as needed.
-    pub(super) fn of(room: &'a mut Vec<Line>, tokens: usize) -> Self {
+    /// Those of so many panels, in `room`, which grows as needed.
+    pub(super) fn of(room: &'a mut Vec<Line>, tokens: usize, panels: usize) -> Self {
         let rows = tokens.next_multiple_of(TILE);
-        let lines = rows * PITCH / TILE_ROWS;
-        room.resize(room.len().max(lines), Line([0.0; TILE_ROWS]));
+        let panels = panels.next_multiple_of(2);
+        room.resize(room.len().max(rows * panels), Line([0.0; TILE_ROWS]));
         Self {
             first: room.as_mut_ptr().cast(),
             rows,
-            panels: WIDTH / TILE_ROWS,
+            band: rows * BAND,
+            panels,
             borrow: PhantomData,
         }
     }
@@ -264,10 +283,10 @@ impl<'a> Rows<'a> {
         Rows {
             first: self
                 .first
-                .wrapping_add(rows.start * PITCH + 2 * pair * TILE_ROWS),
+                .wrapping_add(pair * self.band + rows.start * BAND),
             rows: rows.len(),
             panels: 2,
-            borrow: PhantomData,
+            ..*self
         }
     }
 
@@ -277,12 +296,13 @@ impl<'a> Rows<'a> {
     /// If there is no such token.
     #[inline(always)]
     pub(super) fn row(&mut self, row: usize) -> &mut [[f32; TILE_ROWS]; 2] {
+        const { assert!(BAND == 2 * TILE_ROWS) };
         assert!(row < self.rows && self.panels >= 2);
         // SAFETY: rows of so many panels are borrowed mutably for this value alone.
-        unsafe { &mut *self.first.add(row * PITCH).cast() }
+        unsafe { &mut *self.first.add(row * BAND).cast() }
     }
 
-    /// The first value. Whole rows of the panels may be touched through it.
+    /// The first value. Those of the first two panels, 32 of each token, may be touched through it.
     pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.first
     }
