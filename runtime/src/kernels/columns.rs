@@ -170,3 +170,48 @@ impl<'a> Columns<'a> {
         }
     }
 }
+
+/// The rows of what `work` makes in a room that begins with a cache line.
+#[cfg(test)]
+pub(super) fn made_in_room(
+    rows: usize,
+    width: usize,
+    work: impl FnOnce(&mut Columns<'_>),
+) -> Vec<f32> {
+    let len = Columns::room(rows, width);
+    let mut values = vec![f32::NAN; len + LINE / size_of::<f32>()];
+    let start = values.as_ptr().align_offset(LINE);
+    let mut columns = Columns::in_room(&mut values[start..][..len], rows, width);
+    work(&mut columns);
+    let mut out = Vec::new();
+    for row in 0..rows {
+        columns
+            .pieces(row)
+            .for_each(|piece| out.extend_from_slice(piece));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_in_bands_are_the_rows_written() {
+        for (rows, width) in [(FEW, 70), (FEW + 1, 70), (16, 32), (33, 64), (40, 1)] {
+            let value = |row: usize, column: usize| (row * width + column) as f32;
+            let expected: Vec<f32> = (0..rows * width).map(|at| at as f32).collect();
+            let by_row = made_in_room(rows, width, |columns| {
+                for row in 0..rows {
+                    columns.write(row, &expected[row * width..][..width]);
+                }
+            });
+            let one_by_one = made_in_room(rows, width, |columns| {
+                for (row, column) in (0..rows).flat_map(|row| (0..width).map(move |c| (row, c))) {
+                    columns.put(row, column, value(row, column));
+                }
+            });
+            assert_eq!([&by_row, &one_by_one], [&expected; 2], "{rows}x{width}");
+        }
+    }
+}

@@ -8,6 +8,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{Product, amx, matmul};
+use crate::kernels::columns::made_in_room;
 use crate::kernels::{Activations, Columns, Isa, Pool};
 
 /// A random matrix with codes and zero points of the whole range, and some scales that are zero or subnormal.
@@ -124,27 +125,16 @@ fn tiled(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let w = packed.view();
     let x = Activations::quantize_in_tiles(isa, x, w.cols, w.scheme);
     let tokens = x.tokens();
-    let mut out = vec![f32::NAN; Columns::room(tokens, w.rows) + 16];
-    let start = out.as_ptr().align_offset(64);
-    let room = &mut out[start..start + Columns::room(tokens, w.rows)];
-    let mut columns = Columns::in_room(room, tokens, w.rows);
-    let product = Product {
-        w: &w,
-        x: &x,
-        panels: 0..w.rows.div_ceil(16),
-        out: super::Panels::of_columns(&mut columns, 0..w.rows),
-    };
-    let tiles = x.tiles().expect("made so");
-    amx::run(isa, amx::tests::Software::new(), tiles, product);
-    (0..tokens)
-        .flat_map(|token| {
-            columns
-                .pieces(token)
-                .flatten()
-                .map(|y| *y)
-                .collect::<Vec<_>>()
-        })
-        .collect()
+    made_in_room(tokens, w.rows, |columns| {
+        let product = Product {
+            w: &w,
+            x: &x,
+            panels: 0..w.rows.div_ceil(16),
+            out: super::Panels::of_columns(columns, 0..w.rows),
+        };
+        let tiles = x.tiles().expect("made so");
+        amx::run(isa, amx::tests::Software::new(), tiles, product);
+    })
 }
 
 proptest! {
@@ -156,7 +146,7 @@ proptest! {
     })]
 
     #[test]
-    fn tiles_give_the_bits_of_the_definition(
+    fn tiles_and_rooms_give_the_bits_of_the_definition(
         bits_ in prop::sample::select(vec![4, 8]),
         group_size in prop::sample::select(vec![Some(32), Some(64), Some(128), Some(256), None]),
         symmetric: bool, rows in 1..150_usize, cols in 1..1400_usize, tokens in 1..=75_usize, seed: u64,
@@ -167,6 +157,10 @@ proptest! {
         let x = inputs(tokens, cols, &mut rng);
         let expected = product(Isa::detect(), &packed, &x);
         for isa in Isa::available() {
+            let w = packed.view();
+            let rounded = Activations::quantize(isa, &x, cols, scheme);
+            let roomy = made_in_room(tokens, rows, |out| super::matmul(isa, &w, 0..rows, &rounded, out));
+            prop_assert_eq!(bits(&roomy), bits(&expected), "{} in a room", isa.level());
             prop_assert_eq!(bits(&tiled(isa, &packed, &x)), bits(&expected), "{}", isa.level());
         }
     }
