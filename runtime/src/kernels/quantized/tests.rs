@@ -159,7 +159,7 @@ proptest! {
         for isa in Isa::available() {
             let w = packed.view();
             let rounded = Activations::quantize(isa, &x, cols, scheme);
-            let roomy = made_in_room(tokens, rows, |out| super::matmul(isa, &w, 0..rows, &rounded, out));
+            let roomy = made_in_room(tokens, rows, |out| matmul(isa, &w, 0..rows, &rounded, out));
             prop_assert_eq!(bits(&roomy), bits(&expected), "{} in a room", isa.level());
             prop_assert_eq!(bits(&tiled(isa, &packed, &x)), bits(&expected), "{}", isa.level());
         }
