@@ -18,7 +18,7 @@ use super::pool::{Base, Pool, check_apart};
 pub(super) use choices::Choices;
 pub(super) use tiles::Tiles;
 #[cfg(any(target_arch = "x86_64", test))]
-pub(super) use tiles::{BLOCK, Group, TILE};
+pub(super) use tiles::{Group, TILE};
 
 /// Tokens up to which vector instructions multiply faster than tiles, and what sparse weights read as rows.
 pub(super) const FEW: usize = 6;
@@ -573,7 +573,8 @@ mod tests {
                 let (scale, sum) = (x.scales(token)[group], x.sums(token)[group]);
                 return (x.codes(token)[col], scale.to_bits(), sum);
             };
-            let (codes, groups) = tiles.groups(0, group..group + 1);
+            let (codes, groups) =
+                tiles.groups(tiles.runs().next().expect("tokens"), group..group + 1);
             let within = col - group * x.group();
             let (step, depth) = (within / tiles.depth, within % tiles.depth);
             let code = codes.get((step * TILE + token) * tiles.depth + depth);

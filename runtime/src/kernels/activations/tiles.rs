@@ -9,7 +9,7 @@ use crate::kernels::pool::Base;
 pub(in crate::kernels) const TILE: usize = 16;
 
 /// Tiles of a block: what these tokens add to two panels' rows for one group stays in the first cache.
-pub(in crate::kernels) const BLOCK: usize = 8;
+const BLOCK: usize = 8;
 
 /// The codes of 16 tokens each, in blocks of 8 tiles; columns right of the last one are 0, and rows of tokens that are not there
 /// whatever they were: nobody reads what becomes of them.
@@ -25,7 +25,7 @@ pub(in crate::kernels) struct Tiles {
     /// Tiles of all tokens.
     count: usize,
     /// Groups of a row.
-    in_row: usize,
+    pub(in crate::kernels) in_row: usize,
     /// `[block][group][tile][step][token][depth]`.
     codes: Vec<Line>,
     /// `[block][group][tile]`.
@@ -85,23 +85,46 @@ impl Tiles {
     }
 }
 
+/// Blocks of the same number of tiles, one after the other.
+#[cfg(any(target_arch = "x86_64", test))]
+#[derive(Clone, Copy, Debug)]
+pub(in crate::kernels) struct Run {
+    /// The first tile.
+    pub(in crate::kernels) first: usize,
+    pub(in crate::kernels) blocks: usize,
+    /// Tiles of a block.
+    pub(in crate::kernels) tiles: usize,
+}
+
 #[cfg(any(target_arch = "x86_64", test))]
 impl Tiles {
-    /// Blocks of all tokens.
-    pub(in crate::kernels) fn blocks(&self) -> usize {
-        self.count.div_ceil(BLOCK)
+    /// All blocks: those that are full, and one that is not.
+    pub(in crate::kernels) fn runs(&self) -> impl Iterator<Item = Run> + use<> {
+        let (blocks, rest) = (self.count / BLOCK, self.count % BLOCK);
+        let full = Run {
+            first: 0,
+            blocks,
+            tiles: BLOCK,
+        };
+        let last = Run {
+            first: blocks * BLOCK,
+            blocks: 1,
+            tiles: rest,
+        };
+        [full, last]
+            .into_iter()
+            .filter(|run| run.blocks > 0 && run.tiles > 0)
     }
 
-    /// Codes, scales and sums of the tiles of a block for some groups.
+    /// Codes, scales and sums of some groups in all blocks of a run, with the groups between those of one block and the next.
     pub(in crate::kernels) fn groups(
         &self,
-        block: usize,
+        run: Run,
         groups: std::ops::Range<usize>,
     ) -> (&[i8], &[Group]) {
-        let first = block * BLOCK;
-        let tiles = BLOCK.min(self.count - first);
-        let tiles =
-            first * self.in_row + groups.start * tiles..first * self.in_row + groups.end * tiles;
+        let first = run.first * self.in_row;
+        let last = first + (run.blocks - 1) * run.tiles * self.in_row;
+        let tiles = first + groups.start * run.tiles..last + groups.end * run.tiles;
         let lines = self.lines();
         let codes = &self.codes[tiles.start * lines..tiles.end * lines];
         // SAFETY: a line consists of its codes, without padding, and may be read as such.

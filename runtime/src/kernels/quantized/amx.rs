@@ -14,7 +14,7 @@ use super::Product;
 use super::blocks::parts;
 use super::output::{Line, Panels, Rows};
 use super::panel::{Panel, VECTOR};
-use crate::kernels::activations::{Activations, BLOCK, Group, TILE, Tiles as Arranged};
+use crate::kernels::activations::{Activations, Group, TILE, Tiles as Arranged};
 use crate::kernels::ahead::{LINE, fetch_near};
 use crate::kernels::columns::BAND;
 use crate::kernels::isa::{Isa, Vectorized};
@@ -26,7 +26,9 @@ const SMALLEST: usize = 32;
 /// Rows of the result that are fetched before they are written: the third cache of CPUs with AMX is far from a core.
 const AHEAD: usize = 16;
 /// How far ahead the codes of each panel are fetched, in bytes.
-const CODES_AHEAD: usize = 2048;
+const CODES_AHEAD: usize = 1024;
+/// The same for where they are unpacked to, which is in the second cache.
+const UNPACKED_AHEAD: usize = 1024;
 /// Most panels for which the same columns of all tokens pass by, one pair of them after the other.
 const STRIP: usize = 16;
 
@@ -34,17 +36,22 @@ const STRIP: usize = 16;
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Scales {
-    pub(super) scales: [[f32; TILE_ROWS]; 2],
-    /// What is still to be taken off each code, negative, in the low halves; the high halves are 0.
+    /// f16, little endian.
+    pub(super) scales: [[u8; 2 * TILE_ROWS]; 2],
+    /// What is still to be taken off each code, negative, in the low halves; the high halves are 0. Read only if
+    /// [`Operands::offsets`] says so.
     pub(super) offsets: [[u32; TILE_ROWS]; 2],
 }
 
-/// Some groups of two panels and some tiles of tokens.
+/// Some groups of two panels and some blocks of tiles of tokens.
 pub(super) struct Operands<'a> {
-    /// `[group][tile][step][token][depth]`.
+    /// `[block][group][tile][step][token][depth]`.
     pub(super) a: &'a [i8],
-    /// Scales and sums, `[group][tile]`.
+    /// Scales and sums, `[block][group][tile]`.
     pub(super) a_groups: &'a [Group],
+    pub(super) blocks: usize,
+    /// Groups of a block of activations, of which some are multiplied.
+    pub(super) in_row: usize,
     /// `[group][panel][step][quad][row][4]`.
     pub(super) b: &'a [i8],
     /// The scales of both panels for each group.
@@ -53,7 +60,7 @@ pub(super) struct Operands<'a> {
     pub(super) offsets: bool,
     /// Whether these are the first groups, so that it does not matter what the results are before.
     pub(super) first: bool,
-    /// Where lines begin, one for each tile of each group, to be brought into the second cache meanwhile; a hint only.
+    /// Where lines begin, one for each tile of each group of each block, to be brought into the second cache meanwhile; a hint only.
     pub(super) ahead: *const u8,
 }
 
@@ -62,10 +69,28 @@ pub(super) struct Operands<'a> {
 pub(super) struct Scratch {
     /// `[panel, token, row]`.
     sums: [[[i32; TILE_ROWS]; TILE]; 2],
-    /// Tiles of tokens.
+    state: State,
+}
+
+/// What there is to multiply.
+#[repr(C)]
+struct State {
+    /// Blocks that are left.
+    blocks: usize,
+    /// Groups of a block.
+    groups: usize,
+    /// Tiles of a group.
     tiles: usize,
-    /// The first result.
+    /// Bytes between the activations of one block and the next.
+    a_apart: usize,
+    /// The same for their scales.
+    a_groups_apart: usize,
+    b: *const i8,
+    b_groups: *const Scales,
+    /// The first result of the block.
     y: *mut f32,
+    /// What a tile's results are before the first group, unless it is what is there.
+    before: *const f32,
     /// Bytes between the results before the group, from tile to tile.
     apart: usize,
 }
@@ -73,9 +98,18 @@ pub(super) struct Scratch {
 impl Scratch {
     const EMPTY: Self = Self {
         sums: [[[0; TILE_ROWS]; TILE]; 2],
-        tiles: 0,
-        y: std::ptr::null_mut(),
-        apart: 0,
+        state: State {
+            blocks: 0,
+            groups: 0,
+            tiles: 0,
+            a_apart: 0,
+            a_groups_apart: 0,
+            b: std::ptr::null(),
+            b_groups: std::ptr::null(),
+            y: std::ptr::null_mut(),
+            before: std::ptr::null(),
+            apart: 0,
+        },
     };
 }
 
@@ -153,7 +187,7 @@ struct Strip<'a> {
 
 impl Strip<'_> {
     /// Writes the product to `y`.
-    fn multiply<T: Tiles>(&mut self, tiles: &mut T, y: &mut Rows<'_>) {
+    fn multiply<T: Tiles>(&mut self, matrix: &mut T, y: &mut Rows<'_>) {
         let Self {
             isa, arranged, x, ..
         } = *self;
@@ -176,21 +210,22 @@ impl Strip<'_> {
                 Some((groups, (_, first))) => Ahead::of(self.w, x, *first, groups.clone()),
                 None => Ahead::of(self.w, x, self.panels.end, 0..groups.len()),
             };
-            for block in 0..arranged.blocks() {
-                let (a, a_groups) = arranged.groups(block, groups.clone());
-                let rows =
-                    block * BLOCK * TILE..(block * BLOCK + a_groups.len() / groups.len()) * TILE;
-                let mut y = y.pair(rows, pair);
+            for run in arranged.runs() {
+                let (a, a_groups) = arranged.groups(run, groups.clone());
+                let tiles = run.blocks * run.tiles;
+                let mut y = y.pair(run.first * TILE..(run.first + tiles) * TILE, pair);
                 let operands = Operands {
                     a,
                     a_groups,
+                    blocks: run.blocks,
+                    in_row: arranged.in_row,
                     b: self.weights.codes.as_flattened(),
                     b_groups: &self.weights.groups[..groups.len()],
                     offsets: self.weights.offsets,
                     first: groups.start == 0,
-                    ahead: ahead.lines(a_groups.len()),
+                    ahead: ahead.lines(groups.len() * tiles),
                 };
-                tiles.multiply(operands, &mut scratch, &mut y);
+                matrix.multiply(operands, &mut scratch, &mut y);
             }
         }
     }
@@ -279,7 +314,7 @@ impl Weights {
     const EMPTY: Self = Self {
         codes: [[0; VECTOR]; 2 * COLS / 4],
         groups: [Scales {
-            scales: [[0.0; TILE_ROWS]; 2],
+            scales: [[0; 2 * TILE_ROWS]; 2],
             offsets: [[0; TILE_ROWS]; 2],
         }; COLS / SMALLEST],
         offsets: false,
@@ -311,23 +346,27 @@ impl Vectorized for Unpack<'_> {
         for (group, (scales, codes)) in self.groups.zip(scales.zip(codes)) {
             let weight_group = w.scheme.group_of(group * x.group());
             for (at, panel) in panels.iter().enumerate() {
-                let zero_points = panel.zero_points(weight_group);
-                let taken = if bits == 4 {
-                    zero_points
-                } else {
-                    [128; TILE_ROWS]
+                scales.scales[at] = *panel.stored_scales(weight_group);
+                if self.weights.offsets {
+                    let zero_points = panel.stored_zero_points(weight_group);
+                    scales.offsets[at] =
+                        zero_points.map(|z| u32::from(128_u16.wrapping_sub(z.into())));
+                }
+                let taken = match bits {
+                    4 if !w.scheme.symmetric => *panel.stored_zero_points(weight_group),
+                    _ => [w.scheme.mid(); TILE_ROWS],
                 };
-                scales.scales[at] = panel.scales(weight_group);
-                scales.offsets[at] =
-                    std::array::from_fn(|row| u32::from((taken[row] - zero_points[row]) as u16));
                 let codes = &mut codes[at * quads..][..quads];
                 let (vectors, _) = panel.codes.as_chunks::<VECTOR>();
                 let vectors = &vectors[group * quads * usize::from(bits) / 8..];
-                let taken = taken.map(|zero| [zero as u8; 4]);
+                let taken = taken.map(|zero| [zero; 4]);
                 let taken: &[u8; VECTOR] = taken.as_flattened().try_into().expect("4 each");
                 if bits == 4 {
                     for (vector, codes) in vectors.iter().zip(codes.as_chunks_mut::<2>().0) {
                         fetch_near(vector.as_ptr().wrapping_add(CODES_AHEAD));
+                        for codes in codes.as_slice() {
+                            fetch_near(codes.as_ptr().wrapping_add(UNPACKED_AHEAD));
+                        }
                         let [low, high] = codes;
                         for i in 0..VECTOR {
                             low[i] = (vector[i] & 15).wrapping_sub(taken[i]).cast_signed();
@@ -357,7 +396,7 @@ mod instructions {
     use std::arch::asm;
     use std::mem::offset_of;
 
-    use super::{BAND, Group, Operands, Rows, Scales, Scratch, TILE, Tiles, VECTOR};
+    use super::{BAND, Group, Operands, Rows, Scales, Scratch, State, TILE, Tiles, VECTOR};
     use crate::kernels::isa::{Isa, Level};
     use crate::kernels::tile_config::TileConfig;
 
@@ -382,13 +421,9 @@ mod instructions {
 
     /// The sums of one of the 16 tokens before these and one panel, scaled and added to the result.
     macro_rules! scale {
-        ($kind:ident, $panel:tt, $r:literal) => {
+        ($kind:ident, $panel:tt, $tens:literal, $r:literal) => {
             concat!(
-                "vmulps zmm4, zmm",
-                $panel,
-                ", dword ptr [{a_groups} - 128 + 4*",
-                $r,
-                "]{{1to16}}\n",
+                scale_of!($panel, $tens, $r),
                 convert!($kind, $panel, $r),
                 "vfmadd213ps zmm5, zmm4, zmmword ptr [{before} + 64*",
                 $panel,
@@ -401,6 +436,27 @@ mod instructions {
                 $r,
                 "], zmm5\n",
             )
+        };
+    }
+
+    /// What a token's sums of one panel are scaled by; the second panel finds the token's part in the token's register.
+    macro_rules! scale_of {
+        (0, $tens:literal, $r:literal) => {
+            concat!(
+                "vbroadcastss zmm",
+                $tens,
+                $r,
+                ", dword ptr [{a_groups} - 128 + 4*",
+                $r,
+                "]\n",
+                "vmulps zmm4, zmm0, zmm",
+                $tens,
+                $r,
+                "\n",
+            )
+        };
+        (1, $tens:literal, $r:literal) => {
+            concat!("vmulps zmm4, zmm1, zmm", $tens, $r, "\n")
         };
     }
 
@@ -422,7 +478,7 @@ mod instructions {
                 " + 64*",
                 $r,
                 "]\n",
-                "vpdpwssd zmm5, zmm2",
+                "vpdpwssd zmm5, zmm3",
                 $panel,
                 ", dword ptr [{a_groups} - 64 + 4*",
                 $r,
@@ -454,11 +510,24 @@ mod instructions {
 
     /// Some of the 16 tokens.
     macro_rules! tokens {
-        (none, $steps:tt, $panel:tt, $($r:literal)*) => {
+        (none, $steps:tt, $panel:tt, $tens:literal, $($r:literal)*) => {
             ""
         };
-        ($kind:ident, $steps:tt, $panel:tt, $($r:literal)*) => {
-            concat!($(scale!($kind, $panel, $r), fetch!($steps, $panel, $r)),*)
+        ($kind:ident, $steps:tt, $panel:tt, $tens:literal, $($r:literal)*) => {
+            concat!($(scale!($kind, $panel, $tens, $r), fetch!($steps, $panel, $r)),*)
+        };
+    }
+
+    /// The first eight of them, or the others. Their registers are 20 to 29 and 10 to 15.
+    macro_rules! half {
+        (0, $($of:tt)*) => {
+            tokens!($($of)*, "2", "0" "1" "2" "3" "4" "5" "6" "7")
+        };
+        (1, $($of:tt)*) => {
+            concat!(
+                tokens!($($of)*, "2", "8" "9"),
+                tokens!($($of)*, "", "10" "11" "12" "13" "14" "15"),
+            )
         };
     }
 
@@ -471,9 +540,9 @@ mod instructions {
                 $panel,
                 "\n",
                 products!($steps, $row, $panel),
-                tokens!($kind, $steps, $panel, "0" "1" "2" "3" "4" "5" "6" "7"),
+                half!(0, $kind, $steps, $panel),
                 store!($kind, $panel),
-                tokens!($kind, $steps, $panel, "8" "9" "10" "11" "12" "13" "14" "15"),
+                half!(1, $kind, $steps, $panel),
             )
         };
     }
@@ -543,76 +612,102 @@ mod instructions {
     macro_rules! weights {
         (1, $tile:literal) => {
             concat!(
-                "tileloadd tmm4, [{b} + 2*{half}]\n",
-                "tileloadd tmm6, [{b} + 2*{half} + ",
+                "tileloaddt1 tmm4, [{b} + 2*{half}]\n",
+                "tileloaddt1 tmm6, [{b} + 2*{half} + ",
                 $tile,
                 "]\n",
             )
         };
         (2, $tile:literal) => {
             concat!(
-                "tileloadd tmm4, [{b} + 2*{half}]\n",
-                "tileloadd tmm5, [{b} + 2*{half} + ",
+                "tileloaddt1 tmm4, [{b} + 2*{half}]\n",
+                "tileloaddt1 tmm5, [{b} + 2*{half} + ",
                 $tile,
                 "]\n",
-                "tileloadd tmm6, [{b} + 2*{half} + 2*",
+                "tileloaddt1 tmm6, [{b} + 2*{half} + 2*",
                 $tile,
                 "]\n",
-                "tileloadd tmm7, [{b} + 2*{half} + 3*",
+                "tileloaddt1 tmm7, [{b} + 2*{half} + 3*",
                 $tile,
                 "]\n",
             )
         };
     }
 
-    /// Reads what two panels' rows are scaled by, to registers 0 and 1, and what their codes are off, to 20 and 21.
+    /// Reads what two panels' rows are scaled by, to registers 0 and 1, and what their codes are off, to 30 and 31.
     macro_rules! scales {
         () => {
-            "vmovaps zmm0, zmmword ptr [{b_groups}]
-             vmovaps zmm1, zmmword ptr [{b_groups} + 64]
-             vmovdqa32 zmm20, zmmword ptr [{b_groups} + 128]
-             vmovdqa32 zmm21, zmmword ptr [{b_groups} + 192]"
+            "vcvtph2ps zmm0, ymmword ptr [{b_groups}]
+             vcvtph2ps zmm1, ymmword ptr [{b_groups} + 32]
+             vmovdqa32 zmm30, zmmword ptr [{b_groups} + 64]
+             vmovdqa32 zmm31, zmmword ptr [{b_groups} + 128]"
         };
     }
 
-    /// All tiles of all groups; the sums of the last tile of a group are scaled while the next group begins.
+    /// All tiles of all groups of all blocks; the sums of the last tile of a group are scaled while the next group begins.
     macro_rules! multiply {
-        ($kind:ident, $steps:tt, $tile:literal, $row:literal, $x:expr, $scratch:expr, $y:expr) => {{
-            let (before, apart) = match $x.first {
-                true => (ZEROS.0.as_flattened().as_ptr(), 0),
-                false => ($y.as_mut_ptr().cast_const(), TILE * BAND * size_of::<f32>()),
-            };
-            ($scratch.tiles, $scratch.y, $scratch.apart) = ($y.rows() / TILE, $y.as_mut_ptr(), apart);
+        ($kind:ident, $steps:tt, $tile:tt, $row:tt, $x:expr, $scratch:expr, $y:expr) => {{
             asm!(
                 weights!($steps, $tile),
                 scales!(),
                 tile!(none, $steps, $tile, $row),
+                // Where the results of a block are before its first group.
                 "2:",
-                "mov {left}, qword ptr [{sums} + 2048]",
-                "dec {left}",
-                "jz 4f",
+                "mov {before}, qword ptr [{sums} + {BEFORE}]",
+                "xor {left:e}, {left:e}",
+                "test {before}, {before}",
+                "jnz 3f",
+                "mov {before}, {y}",
+                "mov {left:e}, 16*128",
                 "3:",
+                "mov qword ptr [{sums} + {APART}], {left}",
+                // The tiles of a group.
+                "4:",
+                "mov {left}, qword ptr [{sums} + {TILES}]",
+                "dec {left}",
+                "jz 6f",
+                "5:",
                 tile!($kind, $steps, $tile, $row),
                 "add {y}, 16*128",
-                "add {before}, qword ptr [{sums} + 2064]",
+                "add {before}, qword ptr [{sums} + {APART}]",
                 "dec {left}",
-                "jnz 3b",
-                "4:",
+                "jnz 5b",
+                "6:",
                 "dec {groups}",
-                "jz 5f",
+                "jz 7f",
+                // The next group.
                 concat!("add {b}, 2*", $steps, "*", $tile),
                 weights!($steps, $tile),
                 tile!($kind, $steps, $tile, $row),
-                "mov {y}, qword ptr [{sums} + 2056]",
+                "mov {y}, qword ptr [{sums} + {Y}]",
                 "mov {before}, {y}",
-                "mov qword ptr [{sums} + 2064], 16*128",
-                "add {b_groups}, 256",
+                "mov qword ptr [{sums} + {APART}], 16*128",
+                "add {b_groups}, 192",
+                scales!(),
+                "jmp 4b",
+                "7:",
+                "dec qword ptr [{sums} + {BLOCKS}]",
+                "jz 8f",
+                // The next block.
+                "mov {groups}, qword ptr [{sums} + {GROUPS}]",
+                "mov {b}, qword ptr [{sums} + {B}]",
+                "add {a}, qword ptr [{sums} + {A_APART}]",
+                weights!($steps, $tile),
+                tile!($kind, $steps, $tile, $row),
+                "add {a_groups}, qword ptr [{sums} + {A_GROUPS_APART}]",
+                "add {y}, 16*128",
+                "mov qword ptr [{sums} + {Y}], {y}",
+                "mov {b_groups}, qword ptr [{sums} + {B_GROUPS}]",
                 scales!(),
                 "jmp 2b",
-                "5:",
+                "8:",
                 store!($kind, 0),
-                tokens!($kind, 0, 0, "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "10" "11" "12" "13" "14" "15"),
-                tokens!($kind, 0, 1, "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "10" "11" "12" "13" "14" "15"),
+                half!(0, $kind, 0, 0),
+                half!(1, $kind, 0, 0),
+                half!(0, $kind, 0, 1),
+                half!(1, $kind, 0, 1),
+                // Instructions without vectors of this width would wait for what is in the upper halves.
+                "vzeroupper",
                 a = inout(reg) $x.a.as_ptr() => _,
                 a_groups = inout(reg) $x.a_groups.as_ptr() => _,
                 b = inout(reg) $x.b.as_ptr() => _,
@@ -620,14 +715,27 @@ mod instructions {
                 groups = inout(reg) $x.b_groups.len() => _,
                 left = out(reg) _,
                 y = inout(reg) $y.as_mut_ptr() => _,
-                before = inout(reg) before => _,
+                before = out(reg) _,
                 ahead = inout(reg) $x.ahead => _,
                 sums = in(reg) $scratch,
                 half = in(reg) VECTOR / 2,
+                BLOCKS = const offset_of!(Scratch, state.blocks),
+                GROUPS = const offset_of!(Scratch, state.groups),
+                TILES = const offset_of!(Scratch, state.tiles),
+                A_APART = const offset_of!(Scratch, state.a_apart),
+                A_GROUPS_APART = const offset_of!(Scratch, state.a_groups_apart),
+                B = const offset_of!(Scratch, state.b),
+                B_GROUPS = const offset_of!(Scratch, state.b_groups),
+                Y = const offset_of!(Scratch, state.y),
+                BEFORE = const offset_of!(Scratch, state.before),
+                APART = const offset_of!(Scratch, state.apart),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                out("zmm0") _, out("zmm1") _, out("zmm4") _, out("zmm5") _, out("zmm20") _,
-                out("zmm21") _,
+                out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _, out("zmm5") _,
+                out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _, out("zmm10") _, out("zmm11") _,
+                out("zmm12") _, out("zmm13") _, out("zmm14") _, out("zmm15") _, out("zmm20") _, out("zmm21") _,
+                out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
+                out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
                 options(nostack),
             )
         }};
@@ -648,33 +756,50 @@ mod instructions {
         }
 
         fn multiply(&mut self, x: Operands, scratch: &mut Scratch, y: &mut Rows<'_>) {
-            const { assert!(size_of::<Group>() == 128 && size_of::<Scales>() == 256) };
-            const { assert!(offset_of!(Scratch, tiles) == 2048 && offset_of!(Scratch, y) == 2056) };
-            const { assert!(offset_of!(Scratch, apart) == 2064) };
-            const { assert!(BAND * size_of::<f32>() == 128) };
-            let (depth, tiles, groups) = (self.depth, y.rows() / TILE, x.b_groups.len());
-            let bytes = self.steps * depth * TILE;
+            const { assert!(size_of::<Group>() == 128 && size_of::<Scales>() == 192) };
+            const { assert!(offset_of!(Scratch, sums) == 0 && BAND * size_of::<f32>() == 128) };
+            let (groups, blocks) = (x.b_groups.len(), x.blocks);
+            let bytes = self.steps * self.depth * TILE;
+            let tiles = y.rows() / (blocks * TILE);
             assert!(
-                bytes > 0 && tiles > 0 && groups > 0,
-                "{groups} groups of {tiles} tiles of {bytes} bytes"
+                bytes > 0 && tiles > 0 && groups > 0 && groups <= x.in_row,
+                "{groups} of {} groups of {blocks} blocks of {tiles} tiles of {bytes} bytes",
+                x.in_row
             );
+            let a_tiles = ((blocks - 1) * x.in_row + groups) * tiles;
             assert!(
-                x.a.len() >= groups * tiles * bytes
-                    && x.a_groups.len() >= groups * tiles
+                x.a.len() >= a_tiles * bytes
+                    && x.a_groups.len() >= a_tiles
                     && x.b.len() >= 2 * groups * bytes,
-                "operands of {groups} groups of {tiles} tiles of {bytes} bytes"
+                "operands of {groups} groups of {a_tiles} tiles of {bytes} bytes"
             );
+            let apart = (x.in_row - groups) * tiles;
+            scratch.state = State {
+                blocks,
+                groups,
+                tiles,
+                a_apart: apart * bytes,
+                a_groups_apart: apart * size_of::<Group>(),
+                b: x.b.as_ptr(),
+                b_groups: x.b_groups.as_ptr(),
+                y: y.as_mut_ptr(),
+                before: match x.first {
+                    true => ZEROS.0.as_flattened().as_ptr(),
+                    false => std::ptr::null(),
+                },
+                apart: 0,
+            };
             // SAFETY: tiles as above, and AVX-512 is part of the level. With the shapes of `configure` the loads stay inside
             // the lengths just checked; sums and results are whole values, aligned to vectors.
             unsafe {
-                match (depth, self.steps, x.offsets) {
+                match (self.depth, self.steps, x.offsets) {
                     (64, 2, false) => multiply!(plain, 2, "1024", "2", x, scratch, y),
                     (64, 2, true) => multiply!(offsets, 2, "1024", "2", x, scratch, y),
                     (64, 1, false) => multiply!(plain, 1, "1024", "2", x, scratch, y),
                     (64, 1, true) => multiply!(offsets, 1, "1024", "2", x, scratch, y),
                     (32, 1, false) => multiply!(plain, 1, "512", "1", x, scratch, y),
                     (32, 1, true) => multiply!(offsets, 1, "512", "1", x, scratch, y),
-                    (_, steps, _) => unreachable!("{steps} steps of {depth} columns"),
+                    (depth, steps, _) => unreachable!("{steps} steps of {depth} columns"),
                 }
             }
         }
@@ -690,6 +815,8 @@ mod instructions {
 #[cfg(test)]
 pub(super) mod tests {
     //! The same algorithm on tiles in software.
+
+    use half::f16;
 
     use super::*;
 
@@ -728,11 +855,15 @@ pub(super) mod tests {
 
         fn multiply(&mut self, x: Operands, _: &mut Scratch, y: &mut Rows<'_>) {
             let bytes = self.steps * self.depth * TILE;
-            let tiles = y.rows() / TILE;
-            for (group, scales) in x.b_groups.iter().enumerate() {
+            let tiles = y.rows() / (x.blocks * TILE);
+            let groups = x.b_groups.iter().enumerate();
+            for (block, (group, scales)) in
+                (0..x.blocks).flat_map(|block| groups.clone().map(move |group| (block, group)))
+            {
                 for tile in 0..tiles {
-                    let a = &x.a[(group * tiles + tile) * bytes..][..bytes];
-                    let of_tokens = &x.a_groups[group * tiles + tile];
+                    let at = (block * x.in_row + group) * tiles + tile;
+                    let a = &x.a[at * bytes..][..bytes];
+                    let of_tokens = &x.a_groups[at];
                     for panel in 0..2 {
                         let b = &x.b[(2 * group + panel) * bytes..][..bytes];
                         let mut sums = [[0; TILE_ROWS]; TILE];
@@ -743,15 +874,20 @@ pub(super) mod tests {
                             self.dot(&mut sums, a, b);
                         }
                         for (token, sums) in sums.iter().enumerate() {
-                            let y = &mut y.row(tile * TILE + token)[panel];
+                            let row = (block * tiles + tile) * TILE + token;
+                            let y = &mut y.row(row)[panel];
                             if x.first && group == 0 {
                                 *y = [0.0; TILE_ROWS];
                             }
                             for row in 0..TILE_ROWS {
-                                let offset = i32::from(scales.offsets[panel][row] as u16 as i16);
-                                assert!(x.offsets || offset == 0);
+                                let offset = match x.offsets {
+                                    true => i32::from(scales.offsets[panel][row] as u16 as i16),
+                                    false => 0,
+                                };
                                 let sum = sums[row] + offset * of_tokens.sums[token];
-                                let scale = scales.scales[panel][row] * of_tokens.scales[token];
+                                let scale = scales.scales[panel].as_chunks().0[row];
+                                let scale =
+                                    f16::from_le_bytes(scale).to_f32() * of_tokens.scales[token];
                                 y[row] = scale.mul_add(sum as f32, y[row]);
                             }
                         }
