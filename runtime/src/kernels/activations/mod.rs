@@ -577,6 +577,7 @@ mod tests {
                 tiles.groups(tiles.runs().next().expect("tokens"), group..group + 1);
             let within = col - group * x.group();
             let (step, depth) = (within / tiles.depth, within % tiles.depth);
+            let codes = &codes[..tiles.steps * tiles.depth * TILE];
             let code = codes.get((step * TILE + token) * tiles.depth + depth);
             (
                 code.copied().unwrap_or(0),

@@ -62,7 +62,8 @@ impl Tiles {
         self.count = tokens.div_ceil(TILE);
         self.in_row = groups;
         let all = self.count * self.in_row;
-        let lines = all * self.lines();
+        // What is behind a tile may be read.
+        let lines = (all + 1) * self.lines();
         grow(&mut self.codes, lines);
         grow(&mut self.groups, all);
     }
@@ -116,7 +117,8 @@ impl Tiles {
             .filter(|run| run.blocks > 0 && run.tiles > 0)
     }
 
-    /// Codes, scales and sums of some groups in all blocks of a run, with the groups between those of one block and the next.
+    /// Codes, scales and sums of some groups in all blocks of a run, with the groups between those of one block and the next, and
+    /// the codes of a tile behind them.
     pub(in crate::kernels) fn groups(
         &self,
         run: Run,
@@ -126,7 +128,7 @@ impl Tiles {
         let last = first + (run.blocks - 1) * run.tiles * self.in_row;
         let tiles = first + groups.start * run.tiles..last + groups.end * run.tiles;
         let lines = self.lines();
-        let codes = &self.codes[tiles.start * lines..tiles.end * lines];
+        let codes = &self.codes[tiles.start * lines..(tiles.end + 1) * lines];
         // SAFETY: a line consists of its codes, without padding, and may be read as such.
         let codes =
             unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), size_of_val(codes)) };

@@ -45,7 +45,7 @@ pub(super) struct Scales {
 
 /// Some groups of two panels and some blocks of tiles of tokens.
 pub(super) struct Operands<'a> {
-    /// `[block][group][tile][step][token][depth]`.
+    /// `[block][group][tile][step][token][depth]`, and a tile behind them, which may be read, too.
     pub(super) a: &'a [i8],
     /// Scales and sums, `[block][group][tile]`.
     pub(super) a_groups: &'a [Group],
@@ -534,12 +534,12 @@ mod instructions {
     /// The products of 16 tokens and a panel, and meanwhile the sums of those before them; in the middle of it the sums of the
     /// other panel are stored, which are complete by then.
     macro_rules! panel {
-        ($kind:ident, $steps:tt, $row:literal, $panel:tt) => {
+        ($kind:ident, $steps:tt, $tile:tt, $row:tt, $panel:tt) => {
             concat!(
                 "tilezero tmm",
                 $panel,
                 "\n",
-                products!($steps, $row, $panel),
+                products!($steps, $tile, $row, $panel),
                 half!(0, $kind, $steps, $panel),
                 store!($kind, $panel),
                 half!(1, $kind, $steps, $panel),
@@ -547,33 +547,57 @@ mod instructions {
         };
     }
 
-    /// Those products.
+    /// Those products; what is multiplied next takes the place of activations as soon as they have been multiplied by both panels.
     macro_rules! products {
-        (1, $row:literal, 0) => {
+        (1, $tile:tt, $row:tt, 0) => {
+            "tdpbssd tmm0, tmm2, tmm4\n"
+        };
+        (1, $tile:tt, $row:tt, 1) => {
             concat!(
-                "tileloadd tmm2, [{a} + ",
-                $row,
-                "*{half}]\n",
-                "tdpbssd tmm0, tmm2, tmm4\n",
+                "tdpbssd tmm1, tmm2, tmm6\n",
+                activations!(2, $row, "0", $tile)
             )
         };
-        (1, $row:literal, 1) => {
-            "tdpbssd tmm1, tmm2, tmm6\n"
+        (2, $tile:tt, $row:tt, 0) => {
+            "tdpbssd tmm0, tmm2, tmm4\ntdpbssd tmm0, tmm3, tmm5\n"
         };
-        (2, $row:literal, 0) => {
+        (2, $tile:tt, $row:tt, 1) => {
             concat!(
-                "tileloadd tmm2, [{a} + ",
-                $row,
-                "*{half}]\n",
-                "tileloadd tmm3, [{a} + 1024 + ",
-                $row,
-                "*{half}]\n",
-                "tdpbssd tmm0, tmm2, tmm4\n",
-                "tdpbssd tmm0, tmm3, tmm5\n",
+                "tdpbssd tmm1, tmm2, tmm6\n",
+                activations!(2, $row, "0", "2048"),
+                "tdpbssd tmm1, tmm3, tmm7\n",
+                activations!(3, $row, "1024", "2048"),
             )
         };
-        (2, $row:literal, 1) => {
-            "tdpbssd tmm1, tmm2, tmm6\ntdpbssd tmm1, tmm3, tmm7\n"
+    }
+
+    /// Reads a step of 16 tokens, these or the next.
+    macro_rules! activations {
+        ($to:tt, $row:tt, $step:tt, $next:tt) => {
+            concat!(
+                "tileloaddt1 tmm",
+                $to,
+                ", [{a} + ",
+                $step,
+                " + ",
+                $next,
+                " + ",
+                $row,
+                "*{half}]\n",
+            )
+        };
+    }
+
+    /// Reads all steps of 16 tokens.
+    macro_rules! first_activations {
+        (1, $row:tt) => {
+            activations!(2, $row, "0", "0")
+        };
+        (2, $row:tt) => {
+            concat!(
+                activations!(2, $row, "0", "0"),
+                activations!(3, $row, "1024", "0")
+            )
         };
     }
 
@@ -592,10 +616,10 @@ mod instructions {
 
     /// The products of 16 tokens, from which it goes on to the next.
     macro_rules! tile {
-        ($kind:ident, $steps:tt, $tile:literal, $row:literal) => {
+        ($kind:ident, $steps:tt, $tile:tt, $row:tt) => {
             concat!(
-                panel!($kind, $steps, $row, 0),
-                panel!($kind, $steps, $row, 1),
+                panel!($kind, $steps, $tile, $row, 0),
+                panel!($kind, $steps, $tile, $row, 1),
                 "add {a}, ",
                 $steps,
                 "*",
@@ -650,6 +674,7 @@ mod instructions {
             asm!(
                 weights!($steps, $tile),
                 scales!(),
+                first_activations!($steps, $row),
                 tile!(none, $steps, $tile, $row),
                 // Where the results of a block are before its first group.
                 "2:",
@@ -692,6 +717,7 @@ mod instructions {
                 "mov {groups}, qword ptr [{sums} + {GROUPS}]",
                 "mov {b}, qword ptr [{sums} + {B}]",
                 "add {a}, qword ptr [{sums} + {A_APART}]",
+                first_activations!($steps, $row),
                 weights!($steps, $tile),
                 tile!($kind, $steps, $tile, $row),
                 "add {a_groups}, qword ptr [{sums} + {A_GROUPS_APART}]",
@@ -768,7 +794,7 @@ mod instructions {
             );
             let a_tiles = ((blocks - 1) * x.in_row + groups) * tiles;
             assert!(
-                x.a.len() >= a_tiles * bytes
+                x.a.len() >= (a_tiles + 1) * bytes
                     && x.a_groups.len() >= a_tiles
                     && x.b.len() >= 2 * groups * bytes,
                 "operands of {groups} groups of {a_tiles} tiles of {bytes} bytes"
