@@ -816,7 +816,8 @@ mod instructions {
                 apart: 0,
             };
             // SAFETY: tiles as above, and AVX-512 is part of the level. With the shapes of `configure` the loads stay inside
-            // the lengths just checked; sums and results are whole values, aligned to vectors.
+            // the lengths just checked, those of the next activations, too; sums and results are whole values, aligned to
+            // vectors.
             unsafe {
                 match (self.depth, self.steps, x.offsets) {
                     (64, 2, false) => multiply!(plain, 2, "1024", "2", x, scratch, y),
