@@ -1,13 +1,14 @@
 //! What this machine can do at most: bytes read per second, and operations per second of the instructions that the
 //! kernels are made of. A measured speed means something only beside these.
 //!
-//! The read limit is that of memory: the buffer is several times the last cache, in pages as the system gives them
-//! to a plain allocation. Reads are tried plain, with software prefetch at several distances, and in several streams at
-//! a time, because one core often reads faster so. The peaks are of independent chains in registers, so that nothing but the execution
-//! units can limit them.
+//! The read limit is that of memory: the buffer is several times the last cache, in large pages where the system gives
+//! them, so that translating addresses limits as little as it can. Reads are tried plain, with software prefetch at several
+//! distances, and in several streams at a time, because one core often reads faster so. The peaks are of independent chains
+//! in registers, so that nothing but the execution units can limit them.
 
 use crate::kernels::gemm::Form;
 use crate::kernels::isa::{Isa, Level, Vectorized};
+use crate::kernels::pages;
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -15,11 +16,14 @@ use std::time::{Duration, Instant};
 /// Passes over the buffer, and bursts of instructions, of which the best counts.
 const TRIES: usize = 4;
 /// Ways to read: streams at a time, and how far ahead in each the lines are fetched, in bytes; 0 is as good as not.
-const WAYS: [(usize, usize); 6] = [
+const WAYS: [(usize, usize); 9] = [
     (1, 0),
     (1, 1 << 10),
-    (1, 1 << 12),
-    (1, 1 << 14),
+    (1, 2 << 10),
+    (1, 4 << 10),
+    (1, 16 << 10),
+    (2, 1 << 10),
+    (2, 2 << 10),
     (4, 1 << 10),
     (8, 1 << 10),
 ];
@@ -57,7 +61,11 @@ impl Buffer {
         const PAGE: usize = 4096;
         let words = bytes / PAGE * PAGE / size_of::<u64>();
         assert!(words > 0, "a buffer has at least a page");
-        Self((0..words as u64).collect())
+        let mut values = pages::zeros(words);
+        (0_u64..)
+            .zip(&mut values)
+            .for_each(|(index, value)| *value = index);
+        Self(values)
     }
 
     /// Bytes that keep a last-level cache of `cache` bytes from holding much of it, and take little time to read.
@@ -79,6 +87,7 @@ pub fn measure(isa: Isa, threads: usize, buffer: &Buffer) -> Limits {
             let part = buffer.0.chunks(words).nth(thread).unwrap_or_default();
             black_box(match streams {
                 1 => isa.run(Read::<1> { part, distance }),
+                2 => isa.run(Read::<2> { part, distance }),
                 4 => isa.run(Read::<4> { part, distance }),
                 _ => isa.run(Read::<8> { part, distance }),
             });

@@ -3,6 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::reads::Reads;
 use super::vectors::Vectors;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
@@ -266,9 +267,8 @@ impl<D: Dot> Vectors for Halves<D> {
     const PANELS: usize = 1;
     const TOKENS: usize = D::TOKENS;
     const SUMS: usize = D::SUMS;
-    const LATE: usize = 0;
-    const WAITING: usize = 2;
-    const AHEAD: usize = 512;
+    const READS: [Reads; 2] = [Reads::SIDE_BY_SIDE, Reads::AHEAD];
+    const READS_BUSY: usize = 2;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         self.0.run(work)

@@ -2,20 +2,15 @@
 
 use std::arch::x86_64::*;
 
+use super::reads::Reads;
 use super::vectors::Vectors;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
-/// Proof of AVX-512 F, BW, DQ, VL and VNNI, of one of Intel's CPUs or another.
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const INTEL: bool>(());
+pub(super) struct Avx512(());
 
-/// A core that waits for memory begins the next reads itself too late, and has more of them in four streams.
-pub(super) type Intel = Avx512<true>;
-
-/// A core follows one stream as fast as memory answers.
-pub(super) type Others = Avx512<false>;
-
-impl<const INTEL: bool> Avx512<INTEL> {
+impl Avx512 {
     /// The proof, where `isa` gives it.
     pub(super) fn of(isa: Isa) -> Option<Self> {
         matches!(isa.level(), Level::Avx512 | Level::Amx).then_some(Self(()))
@@ -23,7 +18,7 @@ impl<const INTEL: bool> Avx512<INTEL> {
 }
 
 // SAFETY of all blocks: `self` proves the features, and an array reference may be read at its whole length.
-impl<const INTEL: bool> Vectors for Avx512<INTEL> {
+impl Vectors for Avx512 {
     type Codes = __m512i;
     type Quad = __m512i;
     type Sum = __m512i;
@@ -35,9 +30,8 @@ impl<const INTEL: bool> Vectors for Avx512<INTEL> {
     const PANELS: usize = 4;
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
-    const LATE: usize = if INTEL { 0 } else { 4 };
-    const WAITING: usize = if INTEL { 4 } else { 0 };
-    const AHEAD: usize = 2048;
+    const READS: [Reads; 2] = [Reads::ALONE, Reads::AHEAD];
+    const READS_BUSY: usize = 4;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         /// # Safety

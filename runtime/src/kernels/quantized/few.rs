@@ -2,35 +2,43 @@
 //!
 //! Panels pass by one after the other, and their codes in the order in which they are stored. That is one stream, which a
 //! core's own prefetching follows as fast as memory answers where few instructions stand between two loads: with AVX-512 on Zen 4
-//! and one or two tokens, several streams at a time and software prefetches were slower. With more instructions between
-//! them, or on Intel's CPUs ([`Vectors::LATE`]), codes are fetched ahead; where memory is waited for all the same
-//! ([`Vectors::WAITING`]), some panels far from each other pass by side by side, which it answers sooner. Each load is followed by its products: where
-//! loads stand together, the core finds fewer of the next misses early.
+//! and one or two tokens, several streams at a time and software prefetches were slower. Where it does not, codes are fetched
+//! ahead, in one stream or in some far from each other, which memory answers sooner: [`Reads`] says how. Each load is followed
+//! by its products: where loads stand together, the core finds fewer of the next misses early.
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use qbin_format::QuantizedView;
+use qbin_format::{QuantizedView, TILE_ROWS};
 
 use super::Product;
 use super::blocks::{QUADS, STEP, parts, starts};
 use super::output::Panels;
 use super::panel::{Panel, VECTOR};
+use super::reads::Reads;
 use super::vectors::Vectors;
 use crate::kernels::activations::Activations;
+use crate::kernels::detect::is_intel;
 use crate::kernels::isa::Vectorized;
 
 /// Tokens for which the weights are streamed once.
 pub(super) const TOKENS: usize = 4;
 
-/// Panels side by side where [`Vectors::WAITING`] says so.
-const STREAMS: usize = 4;
-
-/// How far ahead codes of one panel at a time are fetched, in bytes, where [`Vectors::LATE`] says so.
-const AHEAD: usize = 2048;
+/// Results that are kept near before they are written: where one is written has long left the caches, and a core that waits
+/// for a line to write asks for fewer to read.
+const KEPT: usize = 16;
 
 /// Computes a product.
-pub(super) fn run<V: Vectors>(v: V, mut product: Product) {
+pub(super) fn run<V: Vectors>(v: V, product: Product) {
+    if is_intel() {
+        run_on::<V, true>(v, product);
+    } else {
+        run_on::<V, false>(v, product);
+    }
+}
+
+/// Computes a product as is best on one of Intel's CPUs or another.
+pub(super) fn run_on<V: Vectors, const INTEL: bool>(v: V, mut product: Product) {
     for tokens in parts(0..product.x.tokens(), TOKENS.min(V::TOKENS)) {
         let stream = Stream {
             v,
@@ -41,14 +49,14 @@ pub(super) fn run<V: Vectors>(v: V, mut product: Product) {
         };
         let out = &mut product.out;
         match (product.w.scheme.bits, tokens.len()) {
-            (4, 1) => v.run(Work::<V, 256, 1>(stream, out)),
-            (4, 2) => v.run(Work::<V, 256, 2>(stream, out)),
-            (4, 3) => v.run(Work::<V, 256, 3>(stream, out)),
-            (4, _) => v.run(Work::<V, 256, 4>(stream, out)),
-            (_, 1) => v.run(Work::<V, 512, 1>(stream, out)),
-            (_, 2) => v.run(Work::<V, 512, 2>(stream, out)),
-            (_, 3) => v.run(Work::<V, 512, 3>(stream, out)),
-            (_, _) => v.run(Work::<V, 512, 4>(stream, out)),
+            (4, 1) => v.run(Work::<V, INTEL, 256, 1>(stream, out)),
+            (4, 2) => v.run(Work::<V, INTEL, 256, 2>(stream, out)),
+            (4, 3) => v.run(Work::<V, INTEL, 256, 3>(stream, out)),
+            (4, _) => v.run(Work::<V, INTEL, 256, 4>(stream, out)),
+            (_, 1) => v.run(Work::<V, INTEL, 512, 1>(stream, out)),
+            (_, 2) => v.run(Work::<V, INTEL, 512, 2>(stream, out)),
+            (_, 3) => v.run(Work::<V, INTEL, 512, 3>(stream, out)),
+            (_, _) => v.run(Work::<V, INTEL, 512, 4>(stream, out)),
         }
     }
 }
@@ -69,19 +77,33 @@ struct Inputs<'a, const T: usize> {
     sums: [&'a [i32]; T],
 }
 
-/// The product for `T` tokens; `BYTES` are those of a step.
-struct Work<'a, 'o, V, const BYTES: usize, const T: usize>(Stream<'a, V>, &'a mut Panels<'o>);
+/// The product for `T` tokens on one of Intel's CPUs or another; `BYTES` are those of a step.
+struct Work<'a, 'o, V, const INTEL: bool, const BYTES: usize, const T: usize>(
+    Stream<'a, V>,
+    &'a mut Panels<'o>,
+);
 
-impl<V: Vectors, const BYTES: usize, const T: usize> Vectorized for Work<'_, '_, V, BYTES, T> {
+impl<V: Vectors, const INTEL: bool, const BYTES: usize, const T: usize>
+    Work<'_, '_, V, INTEL, BYTES, T>
+{
+    const READS: Reads = match INTEL {
+        true => Reads::INTEL,
+        false => Reads::of::<V>(T * 512 / BYTES),
+    };
+}
+
+impl<V: Vectors, const INTEL: bool, const BYTES: usize, const T: usize> Vectorized
+    for Work<'_, '_, V, INTEL, BYTES, T>
+{
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
         let Self(stream, out) = self;
-        if T * 512 / BYTES <= V::WAITING {
-            stream.run::<BYTES, STREAMS, T>(out);
-        } else {
-            stream.run::<BYTES, 1, T>(out);
+        match Self::READS.streams {
+            1 => stream.run::<BYTES, 1, T>(Self::READS, out),
+            2 => stream.run::<BYTES, 2, T>(Self::READS, out),
+            _ => stream.run::<BYTES, 4, T>(Self::READS, out),
         }
     }
 }
@@ -89,14 +111,43 @@ impl<V: Vectors, const BYTES: usize, const T: usize> Vectorized for Work<'_, '_,
 impl<V: Vectors> Stream<'_, V> {
     /// The product with `P` panels at a time, as far apart as can be, so that each is of a stream of its own.
     #[inline(always)]
-    fn run<const BYTES: usize, const P: usize, const T: usize>(&self, out: &mut Panels<'_>) {
+    fn run<const BYTES: usize, const P: usize, const T: usize>(
+        &self,
+        reads: Reads,
+        out: &mut Panels<'_>,
+    ) {
         let Range { start, end } = self.panels;
-        let (apart, inputs) = ((end - start) / P, self.inputs());
-        for first in start..start + apart {
-            self.panels::<BYTES, P, T>(&inputs, first, apart, out);
-        }
-        for first in start + P * apart..end {
-            self.panels::<BYTES, 1, T>(&inputs, first, 0, out);
+        let apart = (end - start) / P;
+        self.side_by_side::<BYTES, P, T>(reads, start..start + apart, apart, out);
+        self.side_by_side::<BYTES, 1, T>(reads, start + P * apart..end, 0, out);
+    }
+
+    /// The product with `P` panels at a time: one of `first` and those `apart`, twice that and so on behind it.
+    #[inline(always)]
+    fn side_by_side<const BYTES: usize, const P: usize, const T: usize>(
+        &self,
+        reads: Reads,
+        first: Range<usize>,
+        apart: usize,
+        out: &mut Panels<'_>,
+    ) {
+        let inputs = self.inputs();
+        let mut kept = [[[[0.0; TILE_ROWS]; T]; P]; KEPT];
+        for first in first
+            .clone()
+            .step_by(KEPT)
+            .map(|at| at..first.end.min(at + KEPT))
+        {
+            for (first, kept) in first.clone().zip(&mut kept) {
+                *kept = self.panels::<BYTES, P, T>(reads, &inputs, first, apart);
+            }
+            for (first, kept) in first.zip(&kept) {
+                for (p, kept) in kept.iter().enumerate() {
+                    for (t, kept) in kept.iter().enumerate() {
+                        out.write(self.token + t, first + p * apart, kept);
+                    }
+                }
+            }
         }
     }
 
@@ -116,12 +167,12 @@ impl<V: Vectors> Stream<'_, V> {
     #[inline(always)]
     fn panels<const BYTES: usize, const P: usize, const T: usize>(
         &self,
+        reads: Reads,
         inputs: &Inputs<'_, T>,
         first: usize,
         apart: usize,
-        out: &mut Panels<'_>,
-    ) {
-        let &Self { v, w, x, token, .. } = self;
+    ) -> [[[f32; TILE_ROWS]; T]; P] {
+        let &Self { v, w, x, .. } = self;
         let (steps, per_group) = (w.cols.div_ceil(STEP), x.group() / STEP);
         let panels: [Panel; P] = std::array::from_fn(|p| Panel::of(w, first + p * apart));
         let codes: [&[[u8; BYTES]]; P] =
@@ -141,19 +192,22 @@ impl<V: Vectors> Stream<'_, V> {
                 codes_now[p] = &codes[p][steps.clone()];
             }
             let start = starts(v, w, &panels, weight_group, now);
-            let sums = sums_of(v, start, codes_now, a);
+            let sums = sums_of(v, reads, start, codes_now, a);
             for p in 0..P {
+                panels[p].fetch(v, weight_group, reads.groups);
                 let s_w = v.scales(panels[p].stored_scales(weight_group));
                 for t in 0..T {
                     y[p][t] = v.add(y[p][t], s_w, inputs.scales[t][group], sums[p][t]);
                 }
             }
         }
-        for (p, y) in y.into_iter().enumerate() {
-            for (t, y) in y.into_iter().enumerate() {
-                out.write(token + t, first + p * apart, &v.rows(y));
+        let mut rows = [[[0.0; TILE_ROWS]; T]; P];
+        for p in 0..P {
+            for t in 0..T {
+                rows[p][t] = v.rows(y[p][t]);
             }
         }
+        rows
     }
 }
 
@@ -162,11 +216,11 @@ impl<V: Vectors> Stream<'_, V> {
 #[inline(always)]
 fn sums_of<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
     v: V,
+    reads: Reads,
     start: [[V::Sum; T]; P],
     codes: [&[[u8; BYTES]]; P],
     activations: [&[[i8; STEP]]; T],
 ) -> [[V::Int; T]; P] {
-    let ahead = if P == 1 { AHEAD } else { V::AHEAD };
     let mut sums = [[[v.splat(0); T]; 2]; P];
     for p in 0..P {
         for t in 0..T {
@@ -179,7 +233,7 @@ fn sums_of<V: Vectors, const BYTES: usize, const P: usize, const T: usize>(
             a[t] = activations[t][step].as_chunks::<4>().0;
         }
         for p in 0..P {
-            sums[p] = with_step(v, sums[p], &codes[p][step], a, ahead);
+            sums[p] = with_step(v, reads, sums[p], &codes[p][step], a);
         }
     }
     let mut totals = [[v.splat(0); T]; P];
@@ -201,15 +255,14 @@ const fn odd_apart<V: Vectors, const T: usize>() -> bool {
     2 * T <= V::SUMS
 }
 
-/// Sums of even and of odd quads with the products of one step of a panel. Codes are fetched `ahead` bytes before they
-/// are due.
+/// Sums of even and of odd quads with the products of one step of a panel.
 #[inline(always)]
 fn with_step<V: Vectors, const BYTES: usize, const T: usize>(
     v: V,
+    reads: Reads,
     sums: [[V::Int; T]; 2],
     codes: &[u8; BYTES],
     activations: [&[[i8; 4]]; T],
-    ahead: usize,
 ) -> [[V::Int; T]; 2] {
     let odd = usize::from(odd_apart::<V, T>());
     let mut now = [[v.start(v.splat(0)); T]; 2];
@@ -221,8 +274,12 @@ fn with_step<V: Vectors, const BYTES: usize, const T: usize>(
     let (vectors, _) = codes.as_chunks::<VECTOR>();
     for quad in 0..QUADS {
         let vector = &vectors[quad * BYTES / 512];
-        if T * 512 / BYTES > V::LATE && (BYTES == 512 || quad % 2 == 0) {
-            v.prefetch_near(vector.as_ptr().wrapping_add(ahead));
+        if BYTES == 512 || quad % 2 == 0 {
+            for ahead in [reads.ahead, reads.again] {
+                if ahead > 0 {
+                    v.prefetch_near(vector.as_ptr().wrapping_add(ahead));
+                }
+            }
         }
         let codes = match (BYTES, quad % 2, odd) {
             (512, ..) => v.codes(vector),

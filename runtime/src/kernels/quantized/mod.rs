@@ -27,6 +27,7 @@ mod neon;
 mod output;
 mod panel;
 mod portable;
+mod reads;
 mod sparse;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,6 @@ use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 use super::activations::{Activations, activation_group};
 use super::columns::Columns;
 #[cfg(target_arch = "x86_64")]
-use super::detect;
 use super::isa::Isa;
 use output::Panels;
 
@@ -113,12 +113,7 @@ fn vectorized(isa: Isa, product: Product) {
         && let Some(tiles) = amx::Amx::of(isa)
     {
         amx::run(isa, tiles, x, product);
-    } else if product.x.tokens() <= few::TOKENS
-        && detect::is_intel()
-        && let Some(v) = avx512::Intel::of(isa)
-    {
-        few::run(v, product);
-    } else if let Some(v) = avx512::Others::of(isa) {
+    } else if let Some(v) = avx512::Avx512::of(isa) {
         blocks::run(v, product);
     } else if let Some(v) = Halves::<Vnni>::of(isa) {
         blocks::run(v, product);

@@ -5,6 +5,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::reads::Reads;
 use super::vectors::Vectors;
 use crate::kernels::isa::{Isa, Level, Vectorized};
 
@@ -74,9 +75,8 @@ impl<const CENTRE: i32> Vectors for Neon<CENTRE> {
     /// 24 sums, 4 vectors of codes and one of activations, of 32 registers.
     const TOKENS: usize = 6;
     const SUMS: usize = Self::PANELS * Self::TOKENS;
-    const LATE: usize = 4;
-    const WAITING: usize = 0;
-    const AHEAD: usize = 0;
+    const READS: [Reads; 2] = [Reads::ALONE, Reads::AHEAD];
+    const READS_BUSY: usize = 4;
 
     fn run<W: Vectorized>(self, work: W) -> W::Output {
         // SAFETY: as above.

@@ -4,6 +4,8 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use qbin_format::{QuantizedView, Sparsity, TILE_COLS, TILE_ROWS};
 
+use super::vectors::Vectors;
+
 /// Bytes of one vector of codes: 16 rows × 4 columns.
 pub(super) const VECTOR: usize = 64;
 
@@ -79,6 +81,25 @@ impl<'a> Panel<'a> {
     #[inline(always)]
     pub(super) fn stored_scales(&self, group: usize) -> &'a [u8; 2 * TILE_ROWS] {
         &self.scales.as_chunks().0[group]
+    }
+
+    /// Fetches the scales and zero points of a weight group some groups ahead, if any.
+    #[inline(always)]
+    pub(super) fn fetch<V: Vectors>(&self, v: V, group: usize, ahead: usize) {
+        if ahead > 0 {
+            v.prefetch_near(
+                self.stored_scales(group)
+                    .as_ptr()
+                    .wrapping_add(ahead * 2 * TILE_ROWS),
+            );
+            if !self.zero_points.is_empty() {
+                v.prefetch_near(
+                    self.stored_zero_points(group)
+                        .as_ptr()
+                        .wrapping_add(ahead * TILE_ROWS),
+                );
+            }
+        }
     }
 
     /// Stored zero points of a weight group of an asymmetric scheme.

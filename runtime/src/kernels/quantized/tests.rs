@@ -205,6 +205,69 @@ fn large_products_are_cut_without_a_trace() {
     }
 }
 
+/// Panels enough for several streams, more in each than results are kept, and some left over: as this CPU reads them, and as
+/// others do.
+#[test]
+fn few_tokens_of_many_panels_give_the_bits_of_the_definition() {
+    for bits_ in [4, 8] {
+        let scheme = Scheme {
+            bits: bits_,
+            group_size: Some(64),
+            symmetric: false,
+        };
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let packed = PackedMatrix::pack(&weights(scheme, 1137, 192, &mut rng));
+        for tokens in 1..=4 {
+            let x = inputs(tokens, 192, &mut rng);
+            let levels = Isa::available();
+            let expected = product(levels[0], &packed, &x);
+            for isa in levels {
+                let level = isa.level();
+                assert_eq!(bits(&product(isa, &packed, &x)), bits(&expected), "{level}");
+                #[cfg(target_arch = "x86_64")]
+                for out in read_everyhow(isa, &packed, &x) {
+                    assert_eq!(bits(&out), bits(&expected), "{level}");
+                }
+            }
+        }
+    }
+}
+
+/// Products as they are read on Intel's CPUs and on others, with each kind of vectors that the level has.
+#[cfg(target_arch = "x86_64")]
+fn read_everyhow(isa: Isa, packed: &PackedMatrix, x: &[f32]) -> Vec<Vec<f32>> {
+    use super::avx2::{Bytes, Halves, Nibbles, Vnni};
+    use super::avx512::Avx512;
+    use super::vectors::Vectors;
+    use super::{Panels, few};
+    use qbin_format::{QuantizedView, TILE_ROWS};
+
+    fn read<V: Vectors>(v: V, w: &QuantizedView, x: &Activations) -> [Vec<f32>; 2] {
+        [few::run_on::<V, true>, few::run_on::<V, false>].map(|run| {
+            let mut out = vec![f32::NAN; x.tokens() * w.rows];
+            let mut columns = Columns::whole(&mut out, w.rows);
+            let product = Product {
+                w,
+                x,
+                panels: 0..w.rows.div_ceil(TILE_ROWS),
+                out: Panels::of_columns(&mut columns, 0..w.rows),
+            };
+            run(v, product);
+            out
+        })
+    }
+    let w = packed.view();
+    let x = Activations::quantize(isa, x, w.cols, w.scheme);
+    let mut all = Vec::new();
+    all.extend(Avx512::of(isa).map(|v| read(v, &w, &x)));
+    all.extend(Halves::<Vnni>::of(isa).map(|v| read(v, &w, &x)));
+    match w.scheme.bits {
+        4 => all.extend(Halves::<Nibbles>::of(isa).map(|v| read(v, &w, &x))),
+        _ => all.extend(Halves::<Bytes>::of(isa).map(|v| read(v, &w, &x))),
+    }
+    all.into_iter().flatten().collect()
+}
+
 /// The definition against f64 arithmetic on the same codes. Per group, at most three roundings separate the two: the
 /// product of the scales, the FMA, and the sum so far of all groups before.
 #[test]

@@ -1,5 +1,6 @@
 //! What the product needs of an instruction set.
 
+use super::reads::Reads;
 use crate::kernels::isa::Vectorized;
 
 /// Vectors over the 16 rows of a panel. A value of an implementation is the proof that its instructions may be
@@ -24,13 +25,10 @@ pub(super) trait Vectors: Copy {
     const TOKENS: usize;
     /// Sums that stay in registers whole. A larger block may leave parts that it seldom needs in memory.
     const SUMS: usize;
-    /// Products of one vector's codes above which a core sees the next loads too late: they are fetched ahead.
-    const LATE: usize;
-    /// Products of one vector's codes up to which a core waits for memory so much that several panels are to pass side by
-    /// side.
-    const WAITING: usize;
-    /// How far ahead codes of such panels are fetched, in bytes of each.
-    const AHEAD: usize;
+    /// How a core other than Intel's reads best with few products of one vector's codes, and with many.
+    const READS: [Reads; 2];
+    /// Products of one vector's codes above which they are many.
+    const READS_BUSY: usize;
 
     /// Runs work compiled for these instructions.
     fn run<W: Vectorized>(self, work: W) -> W::Output;

@@ -7,7 +7,7 @@ use qbin_format::{QuantizedView, TILE_ROWS};
 use super::cursor::{Cursor, QUADS, vectors_of};
 use super::{STEP, VECTOR, Zeros};
 use crate::kernels::isa::Isa;
-use crate::kernels::quantized::avx512::Others as Avx512;
+use crate::kernels::quantized::avx512::Avx512;
 
 /// Proof of AVX-512 F, BW, DQ, VL, VNNI, VBMI and VBMI2, and of `popcnt`.
 #[derive(Clone, Copy)]

@@ -9,7 +9,7 @@ use super::super::VECTOR;
 use super::super::avx512::{self, Vbmi2};
 use super::{FIRST, PAIRS, Select, codes_of};
 use crate::kernels::isa::Vectorized;
-use crate::kernels::quantized::avx512::Others as Avx512;
+use crate::kernels::quantized::avx512::Avx512;
 use crate::kernels::quantized::vectors::Vectors;
 
 /// Truth table of `(a & b) | c`.

@@ -21,6 +21,7 @@ use crate::kernels::activations::Choices;
 use crate::kernels::isa::{Isa, Vectorized};
 use crate::kernels::quantized::Product;
 use crate::kernels::quantized::avx2::{Bytes, Halves, Nibbles, Vnni};
+use crate::kernels::quantized::reads::Reads;
 use crate::kernels::quantized::vectors::Vectors;
 
 /// Most tokens of these kernels: with AVX-512 their sums stay in registers.
@@ -202,7 +203,7 @@ fn panel<S: Select, const BITS: u8, const BYTES: usize, const T: usize>(
 /// Fetches what follows a vector of the file some way ahead, where `T` tokens' products make it late.
 #[inline(always)]
 fn fetch<V: Vectors, const BITS: u8, const T: usize>(v: V, vector: &[u8; VECTOR]) {
-    if 2 * T * 8 / usize::from(BITS) > V::LATE {
+    if Reads::of::<V>(2 * T * 8 / BITS as usize).fetches() {
         v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
     }
 }
