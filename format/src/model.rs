@@ -133,18 +133,30 @@ impl Weight<'_> {
         }
     }
 
-    /// Bytes of everything a kernel reads of it: padding, scales and zero points included.
-    pub fn stored_bytes(&self) -> usize {
+    /// Everything a kernel reads of it, padding, scales and zero points included, in parts.
+    pub fn stored(&self) -> Vec<&[u8]> {
         match self {
-            Self::Dense(tensor) => tensor.bytes.len(),
+            Self::Dense(tensor) => vec![tensor.bytes],
             Self::Quantized(matrix) => {
                 let sparsity = match matrix.sparsity {
-                    Sparsity::Dense | Sparsity::TwoOfFour => 0,
-                    Sparsity::Bitmask { masks, offsets } => masks.len() + offsets.len(),
+                    Sparsity::Dense | Sparsity::TwoOfFour => [[].as_slice(); 2],
+                    Sparsity::Bitmask { masks, offsets } => [masks, offsets],
                 };
-                matrix.codes.len() + sparsity + matrix.scales.len() + matrix.zero_points.len()
+                let [masks, offsets] = sparsity;
+                vec![
+                    matrix.codes,
+                    masks,
+                    offsets,
+                    matrix.scales,
+                    matrix.zero_points,
+                ]
             }
         }
+    }
+
+    /// How many bytes that is.
+    pub fn stored_bytes(&self) -> usize {
+        self.stored().iter().map(|part| part.len()).sum()
     }
 
     /// Reads whole rows, that is slices of the first dimension, as f32: `[rows.len(), …]` row major.

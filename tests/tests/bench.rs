@@ -77,6 +77,7 @@ fn figures_fit_each_other() {
         let limits = &row["limits"];
         let limit = positive(&limits["read_bytes"]);
         assert!(limit >= positive(&limits["plain_read_bytes"]));
+        positive(&limits["weight_read_bytes"]);
         assert_near(
             positive(&row["share_of_read_limit"]),
             bytes * generated / limit,

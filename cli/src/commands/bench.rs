@@ -10,8 +10,8 @@ use crate::host::{self, Host, Resident};
 use crate::loaded;
 use crate::machine::Machine;
 use crate::progress::Progress;
-use figures::Work;
-use qbin_format::Model;
+use figures::{Work, step_weights};
+use qbin_format::{Model, Weight};
 use qbin_runtime::kernels::limits::{self, Buffer, Limits};
 use qbin_runtime::{
     Decoder, KvCache, KvDtype, ModelConfig, Parts, RuntimeError, Sampler, Sampling,
@@ -95,7 +95,7 @@ pub(crate) fn run(
     let host = Host::read();
     let limits = match args.no_limits {
         true => Vec::new(),
-        false => measure_limits(machines, &host),
+        false => measure_limits(machines, &host, &step_weights(&model, &config)),
     };
     let facts = Facts {
         plan,
@@ -270,13 +270,15 @@ impl<'a> Sequences<'a> {
 }
 
 /// The limits of every machine setting, in order.
-fn measure_limits(machines: &[Machine], host: &Host) -> Vec<Limits> {
+fn measure_limits(machines: &[Machine], host: &Host, weights: &[Weight]) -> Vec<Limits> {
     let wanted = Buffer::bytes_beyond(host.last_cache_bytes());
     // Never more than a quarter of what is free, and at least a page.
     let free =
         host::available_bytes().map_or(wanted, |free| usize::try_from(free / 4).unwrap_or(wanted));
     let buffer = Buffer::new(wanted.min(free).max(1 << 20));
-    let measure = |machine: &Machine| limits::measure(machine.isa, machine.threads, &buffer);
+    let weights: Vec<&[u8]> = weights.iter().flat_map(Weight::stored).collect();
+    let measure =
+        |machine: &Machine| limits::measure(machine.isa, machine.threads, &buffer, &weights);
     machines.iter().map(measure).collect()
 }
 

@@ -53,20 +53,25 @@ pub(crate) struct Work {
     windows: Vec<Option<usize>>,
 }
 
+/// The weights that a step reads: all but the embedding, unless it is the head, too.
+pub(crate) fn step_weights<'m>(model: &'m Model, config: &ModelConfig) -> Vec<Weight<'m>> {
+    let head = model.weight(HEAD).or_else(|| model.weight(EMBEDDING));
+    let specs = spec::tensors(config);
+    let blocks = specs
+        .iter()
+        .filter(|spec| !matches!(spec.role, Role::Embedding | Role::Head));
+    let blocks = blocks.filter_map(|spec| model.weight(&spec.name));
+    blocks.chain(head).collect()
+}
+
 impl Work {
     /// Of a model whose tensors were accounted for.
     pub(crate) fn new(model: &Model, config: &ModelConfig, kv: KvDtype) -> Self {
-        let stored = |name: &str| {
-            let weight = model.weight(name);
-            weight.as_ref().map_or(0, Weight::stored_bytes) as u64
-        };
         let specs = spec::tensors(config);
         let elements = |specs: &[&spec::TensorSpec]| -> u64 {
             let of = |spec: &&spec::TensorSpec| spec.shape.iter().product::<usize>() as u64;
             specs.iter().map(of).sum()
         };
-        let of_blocks = |role| !matches!(role, Role::Embedding | Role::Head);
-        let blocks: Vec<_> = specs.iter().filter(|spec| of_blocks(spec.role)).collect();
         let linears: Vec<_> = specs
             .iter()
             .filter(|spec| matches!(spec.role, Role::Linear { .. }))
@@ -78,12 +83,9 @@ impl Work {
             _ => false,
         };
         let last: Vec<_> = linears.iter().filter(of_last).copied().collect();
-        let head = match model.weight(HEAD) {
-            Some(_) => HEAD,
-            None => EMBEDDING,
-        };
+        let weights = step_weights(model, config);
         Self {
-            weight_bytes: stored(head) + blocks.iter().map(|spec| stored(&spec.name)).sum::<u64>(),
+            weight_bytes: weights.iter().map(|w| w.stored_bytes() as u64).sum(),
             block_elements: elements(&linears),
             last_elements: elements(&last),
             head_elements: (config.vocab_size * config.hidden_size) as u64,

@@ -75,6 +75,7 @@ pub(super) struct Row {
 struct MachineLimits {
     plain_read_bytes: f64,
     read_bytes: f64,
+    weight_read_bytes: f64,
     int8_operations: Option<f64>,
     f32_operations: Option<f64>,
     bf16_operations: Option<f64>,
@@ -108,6 +109,7 @@ impl Row {
             limits: limits.map(|limits| MachineLimits {
                 plain_read_bytes: limits.read_plain,
                 read_bytes: limits.read,
+                weight_read_bytes: limits.read_weights,
                 int8_operations: limits.int8,
                 f32_operations: limits.f32,
                 bf16_operations: limits.bf16,
@@ -237,6 +239,7 @@ impl Report {
             cells.truncate(2);
             cells.push(format!("{:.2}", 1e-9 * limits.plain_read_bytes));
             cells.push(format!("{:.2}", 1e-9 * limits.read_bytes));
+            cells.push(format!("{:.2}", 1e-9 * limits.weight_read_bytes));
             cells.extend(
                 [
                     limits.int8_operations,
@@ -253,6 +256,7 @@ impl Report {
             "threads",
             "read limit GB/s, plain",
             "with prefetch",
+            "of these weights",
             "int8 peak GOP/s",
             "f32 peak GFLOP/s",
             "bf16 peak GFLOP/s",
