@@ -74,13 +74,15 @@ impl Buffer {
     }
 }
 
-/// Measures the limits of `threads` threads, and how fast they read `weights`; takes a second or two.
+/// Measures the limits of `threads` threads, and how fast they read as many bytes of `weights` as the buffer has; takes a
+/// few seconds.
 ///
 /// # Panics
 /// If `threads` is 0.
 pub fn measure(isa: Isa, threads: usize, buffer: &Buffer, weights: &[&[u8]]) -> Limits {
     assert!(threads > 0, "somebody has to work");
     let read = ways_to_read(isa, threads, &[&buffer.0]);
+    let weights = beginning(weights, buffer.0.len());
     let read_plain = read[0];
     let best = |read: [f64; WAYS.len()]| read.into_iter().fold(0.0, f64::max);
     let peak = |burst: Option<Burst>| {
@@ -92,11 +94,22 @@ pub fn measure(isa: Isa, threads: usize, buffer: &Buffer, weights: &[&[u8]]) -> 
         threads,
         read_plain,
         read: best(read),
-        read_weights: best(ways_to_read(isa, threads, weights)),
+        read_weights: best(ways_to_read(isa, threads, &weights)),
         int8: peak(int8_burst(isa.level())),
         f32: peak(f32_burst(isa.level())),
         bf16: peak(bf16_burst(isa)),
     }
+}
+
+/// The first `len` bytes of `parts`, or all.
+fn beginning<'a>(parts: &[&'a [u8]], len: usize) -> Vec<&'a [u8]> {
+    let mut left = len;
+    let parts = parts.iter().map(|part| {
+        let part = &part[..part.len().min(left)];
+        left -= part.len();
+        part
+    });
+    parts.collect()
 }
 
 /// Bytes per second of all `memory`, each way.
@@ -455,6 +468,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn no_more_is_read_of_the_weights_than_of_the_buffer() {
+        let parts = [[1, 2, 3].as_slice(), &[4, 5], &[6]];
+        let some = |len: usize| beginning(&parts, len).concat();
+        assert_eq!([0, 2, 4, 6, 9].map(|len| some(len).len()), [0, 2, 4, 6, 6]);
+        assert_eq!(some(4), [1, 2, 3, 4]);
     }
 
     #[test]
