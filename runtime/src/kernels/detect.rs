@@ -107,16 +107,19 @@ fn adds_pairs_as_defined(avx512: Isa) -> bool {
 }
 
 /// Whether the CPU is Intel's, for choices between ways that give the same bits. Asked once.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn is_intel() -> bool {
-    #[cfg(target_arch = "x86_64")]
     static INTEL: OnceLock<bool> = OnceLock::new();
-    #[cfg(target_arch = "x86_64")]
-    return *INTEL.get_or_init(|| {
+    *INTEL.get_or_init(|| {
         let vendor = std::arch::x86_64::__cpuid(0);
         let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
         name.as_flattened() == b"GenuineIntel"
-    });
-    #[cfg(not(target_arch = "x86_64"))]
+    })
+}
+
+/// It is not.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn is_intel() -> bool {
     false
 }
 

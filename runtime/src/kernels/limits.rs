@@ -64,7 +64,11 @@ impl Buffer {
         let bytes = bytes / PAGE * PAGE;
         assert!(bytes > 0, "a buffer has at least a page");
         let mut values = pages::zeros(bytes);
-        values.fill(1);
+        // No two pages alike: a system may keep those only once.
+        for (page, bytes) in values.chunks_exact_mut(PAGE).enumerate() {
+            bytes.fill(1);
+            bytes[..8].copy_from_slice(&(page as u64).to_le_bytes());
+        }
         Self(values)
     }
 
@@ -117,13 +121,9 @@ fn ways_to_read(isa: Isa, threads: usize, memory: &[&[u8]]) -> [f64; WAYS.len()]
     let bytes: usize = memory.iter().map(|part| part.len()).sum();
     WAYS.map(|(streams, distance)| {
         let pass = |thread: usize| {
-            for memory in memory {
-                let len = memory
-                    .len()
-                    .div_ceil(threads)
-                    .next_multiple_of(LINE)
-                    .max(LINE);
-                let part = memory.chunks(len).nth(thread).unwrap_or_default();
+            for whole in memory {
+                let len = whole.len().div_ceil(threads).max(1).next_multiple_of(LINE);
+                let part = whole.chunks(len).nth(thread).unwrap_or_default();
                 black_box(match streams {
                     1 => isa.run(Read::<1> { part, distance }),
                     2 => isa.run(Read::<2> { part, distance }),

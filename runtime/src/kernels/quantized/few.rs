@@ -24,8 +24,8 @@ use crate::kernels::isa::Vectorized;
 /// Tokens for which the weights are streamed once.
 pub(super) const TOKENS: usize = 4;
 
-/// Results that are kept near before they are written: where one is written has long left the caches, and a core that waits
-/// for a line to write asks for fewer to read.
+/// Panels whose results are kept near before they are written together: where they are written has long left the caches, and
+/// with a single line written there now and then, weights were read more slowly.
 const KEPT: usize = 16;
 
 /// Computes a product.
@@ -133,18 +133,15 @@ impl<V: Vectors> Stream<'_, V> {
     ) {
         let inputs = self.inputs();
         let mut kept = [[[[0.0; TILE_ROWS]; T]; P]; KEPT];
-        for first in first
-            .clone()
-            .step_by(KEPT)
-            .map(|at| at..first.end.min(at + KEPT))
-        {
-            for (first, kept) in first.clone().zip(&mut kept) {
-                *kept = self.panels::<BYTES, P, T>(reads, &inputs, first, apart);
+        for start in first.clone().step_by(KEPT) {
+            let some = start..first.end.min(start + KEPT);
+            for (panel, kept) in some.clone().zip(&mut kept) {
+                *kept = self.panels::<BYTES, P, T>(reads, &inputs, panel, apart);
             }
-            for (first, kept) in first.zip(&kept) {
+            for (panel, kept) in some.zip(&kept) {
                 for (p, kept) in kept.iter().enumerate() {
-                    for (t, kept) in kept.iter().enumerate() {
-                        out.write(self.token + t, first + p * apart, kept);
+                    for (t, rows) in kept.iter().enumerate() {
+                        out.write(self.token + t, panel + p * apart, rows);
                     }
                 }
             }

@@ -11,7 +11,7 @@
 //! `|Σ (q−z)·a| ≤ 255·127·128 < 2²⁴`. Every instruction set, batch size and partition gives the same bits.
 //!
 //! Where to look: `portable` is the definition, `few` and `many` (tokens) the algorithms of the fast kernels over
-//! `vectors`, which one file per instruction set implements. `sparse` makes dense tiles of sparse weights.
+//! `vectors`, which one file per instruction set implements; `reads` is how which core reads best. `sparse` makes dense tiles of sparse weights.
 
 #[cfg(any(target_arch = "x86_64", test))]
 mod amx;
@@ -41,7 +41,6 @@ use qbin_format::{QuantizedView, Sparsity, TILE_ROWS};
 
 use super::activations::{Activations, activation_group};
 use super::columns::Columns;
-#[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use output::Panels;
 

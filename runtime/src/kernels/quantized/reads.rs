@@ -9,11 +9,10 @@ pub(super) struct Reads {
     pub(super) streams: usize,
     /// How many bytes before they are due codes are fetched; 0 is not.
     pub(super) ahead: usize,
-    /// The same once more. It is nearer, finds what is there already, and still makes reading a tenth faster on the Xeons where it
-    /// was found. Why, is not known.
+    /// The same once more, nearer; 0 is not. Such a line was asked for before, and still one token was read for a twentieth faster
+    /// on the Xeon where it was tried. Why is not known.
     pub(super) again: usize,
-    /// How many groups before they are due scales and zero points are fetched; 0 is not. They are streams of their own, too slow
-    /// for a core to follow.
+    /// How many groups before they are due scales and zero points are fetched; 0 is not. They are slow streams of their own.
     pub(super) groups: usize,
 }
 
@@ -47,10 +46,5 @@ impl Reads {
     /// What is best on other CPUs where each vector of codes has so many products.
     pub(super) const fn of<V: Vectors>(products: usize) -> Self {
         V::READS[(products > V::READS_BUSY) as usize]
-    }
-
-    /// Whether codes are fetched ahead.
-    pub(super) const fn fetches(self) -> bool {
-        self.ahead > 0
     }
 }

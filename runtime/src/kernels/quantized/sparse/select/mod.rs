@@ -203,7 +203,7 @@ fn panel<S: Select, const BITS: u8, const BYTES: usize, const T: usize>(
 /// Fetches what follows a vector of the file some way ahead, where `T` tokens' products make it late.
 #[inline(always)]
 fn fetch<V: Vectors, const BITS: u8, const T: usize>(v: V, vector: &[u8; VECTOR]) {
-    if Reads::of::<V>(2 * T * 8 / BITS as usize).fetches() {
+    if Reads::of::<V>(2 * T * 8 / BITS as usize).ahead > 0 {
         v.prefetch_near(vector.as_ptr().wrapping_add(AHEAD));
     }
 }
